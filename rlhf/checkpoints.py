@@ -1,0 +1,45 @@
+"""Checkpoints of the stages whose loops are ours (pretrain, ppo): written beside, renamed into place, pruned.
+
+What is random in those loops follows from (seed, step), so a checkpoint needs weights, optimizer state and a few numbers.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from rlhf.runs import Stage
+
+
+def save_checkpoint(accelerator: Accelerator, stage: Stage, step: int, keep: int, **numbers) -> None:
+    """Saves everything accelerate prepared and `numbers` (JSON values) as of `step` finished steps."""
+    path = stage.checkpoints / f"step_{step:07d}"
+    beside = path.with_name(path.name + ".partial")
+    if stage.main:
+        shutil.rmtree(beside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(beside), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if stage.main:
+        (beside / "numbers.json").write_text(json.dumps({"step": step, "processes": accelerator.num_processes, **numbers}))
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(beside, path)
+        for old in finished_checkpoints(stage)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, stage: Stage) -> dict:
+    """Restores the latest checkpoint and returns its numbers; {"step": 0} when there is none."""
+    found = finished_checkpoints(stage)
+    if not found:
+        return {"step": 0}
+    accelerator.load_state(str(found[-1]))
+    return json.loads((found[-1] / "numbers.json").read_text())
+
+
+def finished_checkpoints(stage: Stage) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(p for p in stage.checkpoints.glob("step_*") if (p / "numbers.json").is_file() and not p.name.endswith(".partial"))

@@ -1,0 +1,56 @@
+"""The command line: `python -m stages.NAME`, `rlhf NAME`, and how each ends (exit codes in rlhf/errors.py)."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from rlhf.config import Config, describe_settings, load_config
+from rlhf.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, InputError, TrainingStopped
+
+STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare", "pipeline")
+TOOLS = {"chat": "talk to any stage's model in the terminal"}
+
+
+def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None = None) -> int:
+    """Parses the command line of a stage, runs `main(config)`, and returns the exit code after saying what was wrong."""
+    parser = argparse.ArgumentParser(description=doc, epilog="settings (section.key=default):\n" + describe_settings(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="experiment file (default: configs/quickstart.yaml)")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only results")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    arguments = parser.parse_args(argv)
+    if arguments.quiet:
+        os.environ["RLHF_QUIET"] = "1"
+    return guarded(lambda: main(load_config(arguments.config, arguments.overrides)))
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Runs `action`; errors that a person can act on become one message and their exit code."""
+    try:
+        action()
+    except (InputError, TrainingStopped) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`rlhf NAME ...`: NAME is a stage or one of the tools."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: rlhf NAME [...]\n\nstages, in order: " + " ".join(STAGES) + "\n" + "\n".join(f"{n}: {h}" for n, h in TOOLS.items())
+              + "\n\nrlhf NAME --help says more")
+        return EXIT_DONE
+    name, rest = argv[0], argv[1:]
+    if name in STAGES:
+        module = importlib.import_module(f"stages.{name}")
+        return run_stage(module.main, module.__doc__, rest)
+    if name in TOOLS:
+        return importlib.import_module(f"rlhf.{name}").main(rest)
+    print(f"error: rlhf {name}: no such command; wanted one of {', '.join((*STAGES, *TOOLS))}", file=sys.stderr)
+    return EXIT_INPUT

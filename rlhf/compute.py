@@ -1,0 +1,84 @@
+"""Devices, processes, precision and threads: accelerate owns them, this file asks it for what the settings name."""
+
+import os
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from rlhf.config import Config
+
+
+def start(config: Config, seed_offset: int = 0) -> Accelerator:
+    """An accelerator in the run's precision, threads set, every generator seeded alike on all processes."""
+    torch.set_num_threads(threads_per_process(config.run.threads))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.run.precision))
+    set_seed(config.seed + seed_offset)
+    return accelerator
+
+
+def threads_per_process(wanted: int) -> int:
+    """CPU threads for each process of this machine: `wanted`, or the usable cores shared out."""
+    if wanted:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def precision(wanted: str) -> str:
+    """accelerate's name for run.precision: bf16 only where the hardware multiplies it (emulated, it is slower than fp32)."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return "bf16" if torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "no"
+    return {"bf16": "bf16", "fp32": "no"}[wanted]
+
+
+def describe(accelerator: Accelerator) -> str:
+    """One phrase for the log: processes, device, threads, precision."""
+    where = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}"
+    threads = f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""
+    return f"{where}{threads}, {'bf16 passes over fp32 weights' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
+
+
+def sum_over_processes(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum over all processes."""
+    return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor, reduction="sum")
+
+
+def max_over_processes(accelerator: Accelerator, number: int) -> int:
+    """Largest of the processes' numbers."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
+def gather_rows(accelerator: Accelerator, rows: list) -> list:
+    """The processes' lists joined in order of rank, on every process."""
+    if accelerator.num_processes == 1:
+        return rows
+    parts: list = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def share(accelerator: Accelerator, rows: list) -> list:
+    """This process's rows of a list that all processes hold: contiguous, in order of rank, so that `gather_rows` restores the list."""
+    count, index = accelerator.num_processes, accelerator.process_index
+    return rows[len(rows) * index // count : len(rows) * (index + 1) // count]
+
+
+def my_share(accelerator, rows: list) -> list:
+    """This process's rows; every process must have one. Raises ValueError."""
+    mine = share(accelerator, rows)
+    if not mine:
+        raise ValueError(f"{len(rows)} rows cannot be shared among {accelerator.num_processes} processes")
+    return mine
+
+
+def peak_memory_mb() -> int:
+    """Largest resident memory of this process so far, MiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -1,0 +1,343 @@
+"""Settings: typed frozen defaults, one YAML file per experiment, dotted overrides on the command line.
+
+Every setting is a field with its default, unit and meaning; unknown keys fail and name the nearest legal one. Library functions take
+values, not this object: only `stages/` and the orchestration read it.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from rlhf.errors import InputError
+from rlhf.paths import shipped
+
+
+def setting(default, help: str):  # noqa: A002 - "help" is the word --help uses
+    """A field with its default and the line that `--help` prints for it."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str = setting("runs/quickstart", "the run folder; every stage writes into a folder of its own below it")
+    threads: int = setting(0, "CPU threads per process; 0: the cores this process may use, shared out among the processes of this machine")
+    precision: str = setting("auto", "auto, bf16 or fp32: arithmetic of the passes; weights and optimizer are always fp32. auto: bf16 where the hardware has it")
+    save_every: int = setting(25, "optimizer steps (pretrain, sft, reward) or rollouts (ppo) between checkpoints")
+    keep_checkpoints: int = setting(1, "checkpoints kept per stage; older ones are deleted")
+
+
+@dataclass(frozen=True)
+class Model:
+    init: str | None = setting(None, "backbone: a hub id, a local folder or a .gguf file; null: a small GPT-2 of model.size is pretrained")
+    size: str = setting("micro", "nano, micro, mini or gpt2: the shape of the small GPT when model.init is null")
+    vocab_size: int = setting(2048, "tokens of the byte-level BPE made from the run's own text when model.init is null")
+    context: int = setting(256, "positions of the small GPT, tokens")
+    attention: str = setting("auto", "attention kernel of transformers; auto: sdpa on accelerators, eager on CPUs (measured faster for short rows)")
+    lora_rank: int = setting(0, "rank of LoRA adapters in sft, reward and ppo; 0: all weights are trained")
+    lora_alpha: int = setting(16, "scale of the LoRA update, divided by the rank")
+    trust_remote_code: bool = setting(False, "run Python code that comes with model.init; only for code you have read")
+
+
+@dataclass(frozen=True)
+class Data:
+    text: list[str] = setting([], "files or hub ids for pretraining; empty: the embedded world")
+    demonstrations: list[str] = setting([], "files or hub ids for SFT; empty: the embedded world")
+    preferences: list[str] = setting([], "files or hub ids for the reward model; empty: `collect` samples and ranks answers of the SFT model")
+    prompts: list[str] = setting([], "files or hub ids for PPO and compare; empty: prompts of the preferences, or the embedded world")
+    mapping: dict[str, str] = setting({}, "canonical field -> column of your files, where the schema is not recognised")
+    max_prompt_tokens: int = setting(96, "tokens; rows with a longer prompt are dropped and counted")
+    max_completion_tokens: int = setting(64, "tokens with the end token; rows with a longer completion are dropped and counted")
+    eval_fraction: float = setting(0.05, "share of prompts (by hash) kept for evaluation while training")
+    test_fraction: float = setting(0.1, "share of prompts (by hash) kept for compare alone")
+    judge_fraction: float = setting(0.0, "share of the training preferences (by prompt hash) that only compare's judge model is trained on")
+
+
+@dataclass(frozen=True)
+class World:
+    documents: int = setting(60_000, "pretraining documents the simulator writes")
+    demonstrations: int = setting(8_000, "demonstrations by writers of mixed skill")
+    prompts: int = setting(20_000, "training prompts for collect and ppo")
+    test_prompts: int = setting(500, "held-out prompts for compare")
+    flaw_rate: float = setting(0.5, "share of the demonstrations that have a flaw, 0 to 1")
+    text_flaw_rate: float = setting(0.05, "share of the pretraining documents that state something wrong, 0 to 1")
+    agreement: float = setting(0.73, "share of pairs on which two simulated raters agree (InstructGPT reports 0.73)")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    steps: int = setting(700, "optimizer steps")
+    batch_tokens: int = setting(4096, "tokens in a step, all processes together")
+    block: int = setting(128, "tokens in a row of packed text")
+    lr: float = setting(2e-3, "peak learning rate; warm-up over 2 percent, then linear to 0")
+    weight_decay: float = setting(0.1, "AdamW weight decay on matrices")
+
+
+@dataclass(frozen=True)
+class Sft:
+    epochs: float = setting(1.0, "passes over the demonstrations")
+    batch_size: int = setting(64, "demonstrations in an optimizer step, all processes together")
+    microbatch: int = setting(64, "demonstrations in memory at once, per process")
+    lr: float = setting(5e-4, "peak learning rate; warm-up over 3 percent, then cosine to 0")
+    lm_loss_weight: float = setting(0.0, "weight of the language-model loss on prompt tokens (GPT-1: 0.5)")
+
+
+@dataclass(frozen=True)
+class Collect:
+    prompts: int = setting(7_000, "training prompts that get ranked answers")
+    eval_prompts: int = setting(400, "held-out prompts that get ranked answers, for the reward model's evaluation")
+    k: int = setting(4, "answers sampled and ranked per prompt, 2 to 9")
+    temperature: float = setting(1.0, "sampling temperature")
+    batch_size: int = setting(512, "completions sampled together")
+
+
+@dataclass(frozen=True)
+class Reward:
+    init: str = setting("sft", "sft: starts from the SFT model; or a hub id or folder of any model with a sequence-classification head")
+    members: int = setting(1, "reward models in the ensemble, each with its own seed")
+    epochs: float = setting(1.0, "passes over the rankings")
+    batch_size: int = setting(32, "prompts in an optimizer step, all processes together; each brings all its answers")
+    microbatch: int = setting(32, "prompts in memory at once, per process")
+    lr: float = setting(2e-4, "peak learning rate; warm-up over 3 percent, then linear to 0")
+    normalise_prompts: int = setting(256, "prompts whose SFT samples set the normalisation to mean 0, standard deviation 1")
+    ties: str = setting("drop", "drop, or half: a tied pair counts with label one half")
+
+
+@dataclass(frozen=True)
+class Ppo:
+    rollouts: int = setting(40, "PPO steps: rollouts sampled and learned from")
+    batch_size: int = setting(256, "prompts in a rollout, all processes together")
+    minibatches: int = setting(2, "optimizer steps per epoch over a rollout")
+    epochs: int = setting(2, "passes over each rollout")
+    microbatch_tokens: int = setting(8192, "tokens in memory at once in training passes, per process")
+    lr: float = setting(1e-4, "peak learning rate of the policy, linear to 0 over the run")
+    value_lr: float = setting(3e-4, "peak learning rate of the value model, linear to 0")
+    warmup_rollouts: int = setting(2, "rollouts in which only the value model learns")
+    kl_coef: float = setting(0.1, "price of one nat of KL to the SFT policy, in units of the normalised score")
+    kl_target: float | None = setting(None, "nats per completion; set: the KL coefficient adapts to it (horizon kl_horizon)")
+    kl_horizon: int = setting(10_000, "completions, time constant of the adaptive KL coefficient")
+    gamma: float = setting(1.0, "discount")
+    lam: float = setting(0.95, "lambda of generalised advantage estimation")
+    clip: float = setting(0.2, "half-width of the ratio clip")
+    value_clip: float = setting(0.2, "half-width of the value clip around the old value")
+    value_coef: float = setting(0.1, "weight of the value loss")
+    value_model: str = setting("separate", "separate: its own network started from the reward model; shared: a head on the policy's trunk")
+    whiten_rewards: bool = setting(False, "scale the per-token rewards to variance 1, keeping their mean")
+    max_grad_norm: float = setting(1.0, "gradient clipping, each network by itself")
+    target_kl: float | None = setting(None, "stop the epochs of a rollout when approximate KL to the old policy passes this; null: never")
+    temperature: float = setting(1.0, "divides the logits in sampling and in every log-probability")
+    missing_eos_score: float = setting(-1.0, "score of a completion that does not end, in place of the reward model's")
+    ptx_coef: float = setting(0.0, "weight of the language-model loss on SFT batches in the same step (InstructGPT: 27.8 on pretraining text)")
+    ema_decay: float = setting(0.0, "decay of the moving average of the weights that is saved in place of the last ones; 0: off (InstructGPT: 0.992)")
+    ensemble: str = setting("mean", "mean, worst or uncertainty: how an ensemble's scores combine")
+    uncertainty_coef: float = setting(1.0, "weight of the members' variance with ppo.ensemble=uncertainty")
+    score: str | None = setting(None, "module:function, a callable f(prompts, completions) -> list of float in place of the reward model")
+    eval_every: int = setting(10, "rollouts between evaluations on held-out prompts")
+    eval_prompts: int = setting(128, "held-out prompts of these evaluations")
+
+
+@dataclass(frozen=True)
+class Compare:
+    policies: list[str] = setting(["pretrained", "sft", "best_of_4", "ppo"], "who answers; best_of_N picks by the reward model among N of SFT's answers")
+    prompts: int = setting(500, "held-out prompts")
+    judge: str = setting("auto", "gold, judge (a reward model of its own on kept-apart prompts), proxy, or a folder; auto: the first there is")
+    temperature: float = setting(1.0, "sampling temperature of every policy")
+    batch_size: int = setting(500, "completions sampled together")
+    examples: int = setting(20, "prompts shown side by side in the report")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    rounds: int = setting(1, "rounds of collect, reward and ppo; from the second on, answers of the last policy are ranked too (iterated RLHF)")
+    early_rollouts: int = setting(15, "PPO rollouts in every round but the last")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of an experiment."""
+
+    seed: int = setting(1, "every random draw of the run follows from it")
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    world: World = field(default_factory=World)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    sft: Sft = field(default_factory=Sft)
+    collect: Collect = field(default_factory=Collect)
+    reward: Reward = field(default_factory=Reward)
+    ppo: Ppo = field(default_factory=Ppo)
+    compare: Compare = field(default_factory=Compare)
+    pipeline: Pipeline = field(default_factory=Pipeline)
+
+    @property
+    def uses_world(self) -> bool:
+        """True when the prompts come from the embedded world, so that a gold score exists."""
+        return not (self.data.prompts or self.data.preferences or self.data.demonstrations)
+
+
+def load_config(path: str | None, overrides: list[str] | None = None) -> Config:
+    """The experiment at `path` (None: configs/quickstart.yaml) with dotted overrides such as ``ppo.lr=1e-4`` applied and checked.
+
+    A relative path is looked up in the working directory, then among the shipped files. Raises InputError.
+    """
+    file = _find_config(path or "configs/quickstart.yaml")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: found a {type(tree).__name__}, wanted a mapping of sections such as `ppo:`")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return config_from_tree(tree, str(file))
+
+
+def config_from_tree(tree: dict, where: str) -> Config:
+    """A checked Config from nested dicts; `where` names their origin in messages."""
+    config = _build(Config, tree, "", where)
+    _check(config)
+    return config
+
+
+def config_to_tree(config) -> dict:
+    """The nested dicts of a Config, as `config.yaml` holds them."""
+    return dataclasses.asdict(config)
+
+
+def describe_settings() -> str:
+    """One line per setting: dotted name, default, meaning with unit (what --help prints)."""
+    lines = []
+    for name, spec, default in _walk(Config(), ""):
+        lines.append(f"  {name + '=' + yaml.safe_dump(default, default_flow_style=True).splitlines()[0]:<42} {spec.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _walk(section, prefix):
+    for spec in dataclasses.fields(section):
+        value = getattr(section, spec.name)
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, f"{prefix}{spec.name}.")
+        else:
+            yield prefix + spec.name, spec, value
+
+
+def _find_config(path: str) -> Path:
+    if Path(path).is_file():
+        return Path(path)
+    try:
+        return shipped(path)
+    except FileNotFoundError:
+        found = sorted(p.name for p in shipped("configs").glob("*.yaml"))
+        raise InputError(f"--config {path}: no such file. Shipped: {', '.join('configs/' + n for n in found)}") from None
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise InputError(f"{override!r}: found no '=', wanted section.key=value, such as ppo.lr=1e-4")
+    *sections, key = name.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{override!r}: {section} is not a section of settings")
+    try:
+        tree[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{override!r}: the value is not readable as YAML") from None
+
+
+def _build(cls, tree, prefix: str, where: str):
+    if not isinstance(tree, dict):
+        raise InputError(f"{where}: {prefix.rstrip('.') or 'the file'}: found {tree!r}, wanted a section of settings")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise InputError(f"{where}: unknown setting {prefix}{key}. {_nearest(prefix + str(key))} `--help` lists all settings.")
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(hints[key], value or {}, f"{prefix}{key}.", where)
+        else:
+            values[key] = _coerce(value, hints[key], prefix + key, where)
+    return cls(**values)
+
+
+def _nearest(name: str) -> str:
+    legal = [n for n, _, _ in _walk(Config(), "")]
+    close = difflib.get_close_matches(name, legal, 1, 0.5) or difflib.get_close_matches(name.split(".")[-1], legal, 1, 0.3)
+    return f"Did you mean {close[0]}?" if close else ""
+
+
+def _coerce(value, wanted, name: str, where: str):
+    """YAML reads 1e-4 as text and 1 as int: accept what the type allows, refuse everything else."""
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(o for o in options if o is not type(None))
+    if typing.get_origin(kind) is list and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return list(value)
+    if typing.get_origin(kind) is list and isinstance(value, str):
+        return [value]
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {str(k): str(v) for k, v in value.items()}
+    try:
+        if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+            return float(value)
+        if kind is int and not isinstance(value, bool) and (isinstance(value, int) or float(value).is_integer()):
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass  # falls through to the one message below
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    label = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+    raise InputError(f"{where}: {name}: found {value!r}, wanted {label}{' or null' if type(None) in options else ''}")
+
+
+CHOICES = {
+    "run.precision": ("auto", "bf16", "fp32"),
+    "model.size": ("nano", "micro", "mini", "gpt2"),
+    "model.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
+    "reward.ties": ("drop", "half"),
+    "ppo.value_model": ("separate", "shared"),
+    "ppo.ensemble": ("mean", "worst", "uncertainty"),
+}
+RANGES = {  # lowest and highest legal value
+    "collect.k": (2, 9), "world.flaw_rate": (0, 1), "world.text_flaw_rate": (0, 1), "world.agreement": (0.5, 1),
+    "data.eval_fraction": (0, 0.5), "data.test_fraction": (0, 0.5), "data.judge_fraction": (0, 0.9), "ppo.lam": (0, 1), "ppo.gamma": (0, 1),
+    "ppo.ema_decay": (0, 1), "ppo.temperature": (1e-3, 100), "compare.temperature": (1e-3, 100), "collect.temperature": (1e-3, 100),
+    "reward.members": (1, 16), "pipeline.rounds": (1, 10), "model.context": (8, 1 << 20), "model.vocab_size": (261, 1 << 20),
+    "data.max_prompt_tokens": (1, 1 << 20), "data.max_completion_tokens": (2, 1 << 20),
+}
+POSITIVE = (
+    "pretrain.steps", "pretrain.batch_tokens", "pretrain.block", "pretrain.lr", "sft.epochs", "sft.batch_size", "sft.microbatch", "sft.lr",
+    "collect.prompts", "collect.eval_prompts", "collect.batch_size", "reward.epochs", "reward.batch_size", "reward.microbatch", "reward.lr",
+    "reward.normalise_prompts", "ppo.rollouts", "ppo.batch_size", "ppo.minibatches", "ppo.epochs", "ppo.microbatch_tokens", "ppo.lr",
+    "ppo.value_lr", "ppo.eval_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts", "compare.batch_size", "run.save_every",
+    "run.keep_checkpoints",
+)
+
+
+def _check(config: Config) -> None:
+    """Ranges, choices and combinations; the message carries the remedy. Raises InputError."""
+    values = {name: value for name, _, value in _walk(config, "")}
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            raise InputError(f"{name}: found {values[name]!r}, wanted one of {', '.join(choices)}")
+    for name, (low, high) in RANGES.items():
+        if not low <= values[name] <= high:
+            raise InputError(f"{name}: found {values[name]}, wanted a value from {low} to {high}")
+    for name in POSITIVE:
+        if not values[name] > 0:
+            raise InputError(f"{name}: found {values[name]}, wanted more than 0")
+    if config.ppo.batch_size % config.ppo.minibatches:
+        raise InputError(f"ppo.batch_size={config.ppo.batch_size} is not a multiple of ppo.minibatches={config.ppo.minibatches}; change one of them")
+    if config.model.init is None:
+        wanted = config.data.max_prompt_tokens + config.data.max_completion_tokens
+        if wanted > config.model.context or config.pretrain.block > config.model.context:
+            raise InputError(f"model.context={config.model.context} is shorter than a prompt with its completion ({wanted} tokens) "
+                             f"or pretrain.block={config.pretrain.block}; raise model.context")

@@ -1,0 +1,211 @@
+"""From a source of any schema to canonical rows, one at a time, with a report of what was made and of what was not, and where."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
+from rlhf.data.examples import Example, Made, Unusable, demonstration_row, preference_row, prompt_row, text_row
+from rlhf.data.formats import Format, check_kind, check_mapping, recognise
+from rlhf.data.reading import Drop, parts_of, read_part, renamed
+from rlhf.errors import InputError
+
+HEAD_ROWS = 64  # rows looked at to recognise a schema
+MAX_GROUP_ROWS = 10_000  # a column that names every row alike must not gather the whole file in memory
+
+Places = dict[str, dict[str, list[int]]]  # reason -> file -> lines
+
+
+@dataclass
+class Report:
+    """What a conversion read, made, dropped (whole rows) and left out (single completions); filled while the rows are iterated."""
+
+    source: str
+    kind: str
+    formats: dict[str, Format] = field(default_factory=dict)  # by file
+    read: int = 0
+    made: int = 0
+    dropped: Places = field(default_factory=dict)
+    left_out: Places = field(default_factory=dict)
+    turns: Counter[int] = field(default_factory=Counter)
+    answers: Counter[int] = field(default_factory=Counter)
+    documents_cut: int = 0
+
+    def drops(self) -> dict[str, int]:
+        """How many places were dropped for each reason, the most frequent first."""
+        counts = Counter({reason: sum(map(len, files.values())) for reason, files in self.dropped.items()})
+        return dict(counts.most_common())
+
+    def describe(self) -> str:
+        """One line for people: schema, rows, turns, what was made and what was dropped."""
+        names = " and ".join(dict.fromkeys(form.name for form in self.formats.values()))
+        parts = [f"{names}, {self.read:,} rows"]
+        if self.turns:
+            parts.append(f"{_range(self.turns)} turn{'s' * (max(self.turns) > 1)}")
+        if len(self.answers) > 1 or max(self.answers, default=2) > 2:
+            parts.append(f"{_range(self.answers)} answers each")
+        drops = "".join(f", {reason} {count:,}" for reason, count in self.drops().items())
+        dropped = f"; {sum(self.drops().values()):,} dropped: {drops[2:]}" if drops else ""
+        cut = f"; {self.documents_cut:,} long documents cut into pieces" if self.documents_cut else ""
+        return f"{', '.join(parts)}: {self.made:,} rows of {self.kind}{cut}{dropped}"
+
+    def as_json(self) -> dict:
+        """The report as it stands in ``drops.json``: every dropped row by reason with file and line."""
+        return {
+            "source": self.source,
+            "kind": self.kind,
+            "formats": {part: {"name": form.name, "describe": form.describe} for part, form in self.formats.items()},
+            "read": self.read,
+            "made": self.made,
+            "documents_cut": self.documents_cut,
+            "dropped": _counted(self.dropped),
+            "left_out": _counted(self.left_out),
+        }
+
+    def count(self, row: dict) -> None:
+        self.made += 1
+        if "prompt" in row:
+            self.turns[len(row["prompt"]) + (self.kind != "prompts")] += 1
+        if "completions" in row:
+            self.answers[len(row["completions"])] += 1
+
+
+@dataclass
+class Converted:
+    """Canonical rows, made while they are iterated (once), and the report that this fills."""
+
+    rows: Iterator[dict]
+    report: Report
+
+
+def convert(source: str, kind: str, mapping: dict[str, str] | None = None, *, keep_ties: bool = False) -> Converted:
+    """Canonical rows of a source (file, folder, pattern or hub id) as a kind: preferences, demonstrations, prompts or text.
+
+    ``mapping`` renames columns (wanted: found) and may name the schema (``format``). Rows whose answers are all tied are dropped unless
+    ``keep_ties``. Each row carries ``id`` (of its prompt) and ``source`` (``file:line``); equal prompts of kind prompts come once.
+    InputError: at once if the first file is missing, empty or of no known schema; while iterating for later ones, or if no row was usable.
+    """
+    check_kind(kind)
+    check_mapping(mapping, source)
+    report = Report(source, kind)
+    parts = parts_of(source)
+    first = _open_part(parts[0], kind, mapping, report)
+    later = (_open_part(part, kind, mapping, report) for part in parts[1:])
+    return Converted(_rows(chain([first], later), kind, report, keep_ties), report)
+
+
+@dataclass
+class _Part:
+    name: str
+    form: Format
+    rows: Iterator[tuple[int, dict | Drop]]
+
+
+def _open_part(name: str, kind: str, mapping: dict[str, str] | None, report: Report) -> _Part:
+    numbered = read_part(name, by_line=kind == "prompts")
+    if mapping:
+        numbered = ((line, renamed(row, mapping) if isinstance(row, dict) else row) for line, row in numbered)
+    head, good = [], 0
+    for line, row in numbered:
+        head.append((line, row))
+        good += isinstance(row, dict)
+        if good and len(head) >= HEAD_ROWS:
+            break
+    form = recognise([row for _, row in head if isinstance(row, dict)], kind, mapping, name)
+    report.formats[name] = form
+    return _Part(name, form, chain(head, numbered))
+
+
+def _rows(parts: Iterable[_Part], kind: str, report: Report, keep_ties: bool) -> Iterator[dict]:
+    prompts_seen: set[bytes] = set()
+    for part in parts:
+        for line, example in _examples(part, report):
+            try:
+                made = _made(example, kind, keep_ties)
+                if kind == "prompts":
+                    _refuse_repetition(made, prompts_seen)
+            except Unusable as why:
+                _note(report.dropped, why.reason, part.name, line)
+                continue
+            for reason in made.left_out:
+                _note(report.left_out, reason, part.name, line)
+            report.documents_cut += len(made.rows) > 1
+            for row in made.rows:
+                row["source"] = f"{part.name}:{line}"
+                report.count(row)
+                yield row
+    if report.made == 0:
+        raise InputError(_nothing_made(report))
+
+
+def _made(example: Example | Unusable, kind: str, keep_ties: bool) -> Made:
+    if isinstance(example, Unusable):
+        raise example
+    if kind == "preferences":
+        return preference_row(example, keep_ties)
+    return {"demonstrations": demonstration_row, "prompts": prompt_row, "text": text_row}[kind](example)
+
+
+def _examples(part: _Part, report: Report) -> Iterator[tuple[int, Example | Unusable]]:
+    """Examples of a part with their lines; what cannot even be read as an example comes as the reason why."""
+    for lines, rows in _groups(part, report):
+        try:
+            for example in part.form.read(rows if part.form.group else rows[0]):
+                yield lines[example.at], example
+        except Unusable as why:
+            yield lines[why.at], why
+
+
+def _groups(part: _Part, report: Report) -> Iterator[tuple[list[int], list[dict]]]:
+    """Rows that belong together with their lines: one by one, or neighbours that share the value of the schema's group column."""
+    lines: list[int] = []
+    rows: list[dict] = []
+    for line, row in part.rows:
+        report.read += 1
+        if isinstance(row, Drop):
+            _note(report.dropped, row.reason, part.name, line)
+            continue
+        if rows and _ends_group(rows, row, part.form.group):
+            yield lines, rows
+            lines, rows = [], []
+        lines.append(line)
+        rows.append(row)
+    if rows:
+        yield lines, rows
+
+
+def _ends_group(rows: list[dict], row: dict, column: str | None) -> bool:
+    return column is None or row.get(column) != rows[-1].get(column) or len(rows) >= MAX_GROUP_ROWS
+
+
+def _refuse_repetition(made: Made, seen: set[bytes]) -> None:
+    turns = (part for turn in made.rows[0]["prompt"] for part in (turn["role"], turn["content"]))
+    key = hashlib.blake2b("\0".join(turns).encode(), digest_size=8).digest()  # no text that got here has a NUL in it
+    if key in seen:
+        raise Unusable("prompt seen before")
+    seen.add(key)
+
+
+def _note(places: Places, reason: str, part: str, line: int) -> None:
+    places.setdefault(reason, {}).setdefault(part, []).append(line)
+
+
+def _counted(places: Places) -> dict:
+    return {reason: {"rows": sum(map(len, files.values())), "where": files} for reason, files in places.items()}
+
+
+def _range(counts: Counter[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _nothing_made(report: Report) -> str:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in report.drops().items())
+    part, lines = next(iter(next(iter(report.dropped.values())).items())) if report.dropped else (report.source, [1])
+    names = " and ".join(dict.fromkeys(form.name for form in report.formats.values()))
+    return (
+        f"{part}: line {lines[0]}: none of the {report.read:,} rows of {report.source} (read as {names}) "
+        f"can be used as {report.kind}: {reasons}; "
+        "correct them, or say in the config's mapping which column is which"
+    )

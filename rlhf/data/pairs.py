@@ -1,0 +1,269 @@
+"""Readers of preferences between two answers: chosen and rejected, or two answers with a verdict or votes.
+
+How a verdict is coded (0 is a tie here and the first answer there) stands beside each schema.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from rlhf.data.examples import Example, Unusable, number
+from rlhf.data.messages import (
+    PROMPT_COLUMNS,
+    TRANSCRIPT_START,
+    Messages,
+    answer_to,
+    as_messages,
+    column_prompt,
+    first_of,
+    history_messages,
+    transcript,
+    user_turn,
+)
+
+TIE, FIRST, SECOND = 0, 1, 2
+PAIR_RANKS = {TIE: [1, 1], FIRST: [1, 2], SECOND: [2, 1]}
+
+# Chosen and rejected ------------------------------------------------------------------------------------------------------------------
+
+
+def is_transcript_pair(row: dict) -> bool:
+    return all(isinstance(row.get(name), str) and row[name].startswith(TRANSCRIPT_START) for name in ("chosen", "rejected"))
+
+
+def read_transcript_pair(row: dict) -> Iterator[Example]:
+    """HH: two whole transcripts; what they share up to the last answer is the prompt."""
+    chosen, rejected = transcript(row.get("chosen")), transcript(row.get("rejected"))
+    for turns in (chosen, rejected):
+        if turns[-1]["role"] != "assistant":
+            raise Unusable("does not end with the assistant")
+    yield _pair(chosen[:-1], chosen[-1]["content"], rejected[:-1], rejected[-1]["content"], row)
+
+
+def is_transcript_prompt_pair(row: dict) -> bool:
+    return _has_chosen(row) and isinstance(row.get("prompt"), str) and row["prompt"].startswith(TRANSCRIPT_START)
+
+
+def read_transcript_prompt_pair(row: dict) -> Iterator[Example]:
+    """HH cut in three: the prompt is a transcript that stops at ``Assistant:``, the answers go on from there."""
+    prompt = transcript(row.get("prompt"))
+    if prompt[-1] == {"role": "assistant", "content": ""}:
+        prompt = prompt[:-1]
+    chosen, rejected = (answer.strip() if isinstance(answer, str) else answer for answer in (row.get("chosen"), row.get("rejected")))
+    yield _pair(prompt, chosen, prompt, rejected, row)
+
+
+def is_chosen_rejected(row: dict) -> bool:
+    return _has_chosen(row) and _chosen_prompt_column(row) is not None
+
+
+def read_chosen_rejected(row: dict) -> Iterator[Example]:
+    """A prompt (text, messages or columns) with two answers (text or messages, which may repeat the prompt)."""
+    column = _chosen_prompt_column(row)
+    prompt = as_messages(row[column]) if column == "conversations" else column_prompt(row)
+    yield _read_pair(row, prompt)
+
+
+def is_implicit_prompt(row: dict) -> bool:
+    return _has_chosen(row) and any(isinstance(row[name], list) for name in ("chosen", "rejected"))
+
+
+def read_implicit_prompt(row: dict) -> Iterator[Example]:
+    """Two message lists that share all turns but the last (TRL, "implicit prompt")."""
+    yield _read_pair(row, None)
+
+
+def _has_chosen(row: dict) -> bool:
+    return "chosen" in row and "rejected" in row
+
+
+def _chosen_prompt_column(row: dict) -> str | None:
+    return first_of(row, (*PROMPT_COLUMNS, "conversations"))
+
+
+def _read_pair(row: dict, prompt: Messages | None) -> Example:
+    try:
+        before_chosen, chosen = answer_to(row.get("chosen"), prompt)
+        before_rejected, rejected = answer_to(row.get("rejected"), prompt)
+    except Unusable as why:
+        return Example(prompt=prompt or [], problem=why.reason)
+    return _pair(before_chosen, chosen, before_rejected, rejected, row)
+
+
+def _pair(before_chosen: Messages, chosen: str, before_rejected: Messages, rejected: str, row: dict) -> Example:
+    problem = None if before_chosen == before_rejected else "prompts differ"
+    return Example(prompt=before_chosen, completions=[chosen, rejected], ranks=[1, 2], margin=margin_of(row), problem=problem)
+
+
+def margin_of(row: dict) -> float | None:
+    """How much better the chosen answer is, in units of the reward, where the row says so."""
+    return None if row.get("margin") in (None, "") else number(row["margin"], "margin is not a number")
+
+
+# Two answers and a verdict ------------------------------------------------------------------------------------------------------------
+
+GRADED = {
+    "a-is-better": (FIRST, 1.0),
+    "a-is-slightly-better": (FIRST, 0.5),
+    "tie": (TIE, None),
+    "b-is-slightly-better": (SECOND, 0.5),
+    "b-is-better": (SECOND, 1.0),
+}
+WORDS = {
+    **dict.fromkeys(("a", "model_a", "left", "first"), (FIRST, None)),
+    **dict.fromkeys(("b", "model_b", "right", "second"), (SECOND, None)),
+    **dict.fromkeys(("tie", "both", "equal", "tie (bothbad)", "tie (inconsistent)"), (TIE, None)),
+    **GRADED,
+}
+AB_COLUMNS = (("completion_a", "completion_b"), ("response_a", "response_b"), ("answer_a", "answer_b"), ("output_a", "output_b"))
+AB_VERDICTS = ("preference", "winner", "verdict", "choice")
+
+
+def word_verdict(value: object) -> tuple[int, float | None]:
+    """Winner and margin from a word such as ``a``, ``model_b``, ``tie`` or one of five grades (slightly better: 0.5, better: 1)."""
+    if value is None:
+        raise Unusable("no verdict")
+    if not isinstance(value, str) or value.strip().lower() not in WORDS:
+        raise Unusable("unknown verdict")
+    return WORDS[value.strip().lower()]
+
+
+def coded_verdict(value: object, codes: dict[float, int]) -> tuple[int, None]:
+    """Winner from a number, by the codes of its schema."""
+    if value is None or value == "":
+        raise Unusable("no verdict")
+    code = number(value, "unknown verdict")
+    if code not in codes:
+        raise Unusable("unknown verdict")
+    return codes[code], None
+
+
+def majority(votes: list[int]) -> int:
+    """The verdict with more votes than every other one, or a tie."""
+    if not votes:
+        raise Unusable("no verdict")
+    (first, most), *others = Counter(votes).most_common(2)
+    return TIE if others and others[0][1] == most else first
+
+
+def judged(prompt: Messages, first: object, second: object, verdict: Callable[[], tuple[int, float | None]]) -> Example:
+    """An example of two answers; without a usable verdict it still has its prompt."""
+    try:
+        winner, margin = verdict()
+    except Unusable as why:
+        return Example(prompt=prompt, problem=why.reason)
+    return Example(prompt=prompt, completions=[first, second], ranks=list(PAIR_RANKS[winner]), margin=margin)
+
+
+def is_verdict_pair(row: dict) -> bool:
+    return _ab_columns(row) is not None and first_of(row, AB_VERDICTS) is not None and first_of(row, PROMPT_COLUMNS) is not None
+
+
+def read_verdict_pair(row: dict) -> Iterator[Example]:
+    """Tulu's human evaluation and the like: two answers a and b with a word for the better one."""
+    a, b = _ab_columns(row) or AB_COLUMNS[0]
+    yield judged(column_prompt(row), row.get(a), row.get(b), lambda: word_verdict(row.get(first_of(row, AB_VERDICTS))))
+
+
+def _ab_columns(row: dict) -> tuple[str, str] | None:
+    return next((pair for pair in AB_COLUMNS if pair[0] in row and pair[1] in row), None)
+
+
+def is_arena(row: dict) -> bool:
+    return all(name in row for name in ("conversation_a", "conversation_b", "winner"))
+
+
+def read_arena(row: dict) -> Iterator[Example]:
+    """MT-Bench and the Chatbot Arena: two conversations judged after ``turn`` questions; their answers before that must be the same."""
+    sides = []
+    for name in ("conversation_a", "conversation_b"):
+        turns = as_messages(row.get(name))
+        end = len(turns) if row.get("turn") is None else 2 * int(number(row["turn"], "turn is not a number"))
+        if not 0 < end <= len(turns) or turns[end - 1]["role"] != "assistant":
+            raise Unusable("does not end with the assistant")
+        sides.append(turns[:end])
+    a, b = sides
+    example = judged(a[:-1], a[-1]["content"], b[-1]["content"], lambda: word_verdict(row.get("winner")))
+    if a[:-1] != b[:-1]:
+        example.problem = "prompts differ"
+    yield example
+
+
+def is_pandalm(row: dict) -> bool:
+    return all(name in row for name in ("instruction", "response1", "response2", "annotator1"))
+
+
+def read_pandalm(row: dict) -> Iterator[Example]:
+    """PandaLM: the majority of the annotators (0 = tie, 1, 2); without one, a tie."""
+    codes = {0: TIE, 1: FIRST, 2: SECOND}
+    annotators = [value for name, value in row.items() if name.startswith("annotator")]
+    votes = (coded_verdict(value, codes)[0] for value in annotators if value is not None)
+    yield judged(column_prompt(row), row.get("response1"), row.get("response2"), lambda: (majority(list(votes)), None))
+
+
+def is_llmbar(row: dict) -> bool:
+    return all(name in row for name in ("input", "output_1", "output_2", "label"))
+
+
+def read_llmbar(row: dict) -> Iterator[Example]:
+    """LLMBar: ``label`` is the number, 1 or 2, of the answer that follows the instruction in ``input``."""
+    prompt = column_prompt(row, "input")
+    yield judged(prompt, row.get("output_1"), row.get("output_2"), lambda: coded_verdict(row.get("label"), {1: FIRST, 2: SECOND}))
+
+
+def is_alpaca_eval(row: dict) -> bool:
+    return all(name in row for name in ("instruction", "output_1", "output_2", "preference"))
+
+
+def read_alpaca_eval(row: dict) -> Iterator[Example]:
+    """AlpacaEval annotations: ``preference`` is 1 or 2, or between them (below 1.5 the first won); 0 and 1.5 are ties, null failed."""
+
+    def verdict() -> tuple[int, None]:
+        if row.get("preference") in (None, ""):
+            raise Unusable("no verdict")
+        value = number(row["preference"], "unknown verdict")
+        if value in (0, 1.5):
+            return TIE, None
+        if not 1 <= value <= 2:
+            raise Unusable("unknown verdict")
+        return (FIRST if value < 1.5 else SECOND), None
+
+    yield judged(column_prompt(row), row.get("output_1"), row.get("output_2"), verdict)
+
+
+def is_crowd_votes(row: dict) -> bool:
+    return all(name in row for name in ("result_x", "result_y", "votes")) and first_of(row, ("text", *PROMPT_COLUMNS)) is not None
+
+
+def read_crowd_votes(row: dict) -> Iterator[Example]:
+    """Crowd votes (llmfao): the majority of ``left``, ``right`` and ``tie``; the text is the prompt and ``prompt`` only its number."""
+    column = "text" if "text" in row else first_of(row, PROMPT_COLUMNS)
+
+    def verdict() -> tuple[int, None]:
+        votes = row.get("votes")
+        if not isinstance(votes, list) or not all(isinstance(vote, dict) for vote in votes):
+            raise Unusable("no verdict")
+        return majority([word_verdict(vote.get("winner"))[0] for vote in votes]), None
+
+    yield judged(column_prompt(row, column), row.get("result_x"), row.get("result_y"), verdict)
+
+
+def is_shp(row: dict) -> bool:
+    return all(name in row for name in ("history", "human_ref_A", "human_ref_B", "labels"))
+
+
+def read_shp(row: dict) -> Iterator[Example]:
+    """SHP: ``labels`` is 1 where A was voted higher and 0 where B was; ``history`` is the post."""
+    prompt = [user_turn(row["history"])] if isinstance(row.get("history"), str) else history_messages(row.get("history"))
+    yield judged(prompt, row.get("human_ref_A"), row.get("human_ref_B"), lambda: coded_verdict(row.get("labels"), {1: FIRST, 0: SECOND}))
+
+
+def is_better_id(row: dict) -> bool:
+    return all(name in row for name in ("prompt", "response_0", "response_1", "better_response_id"))
+
+
+def read_better_id(row: dict) -> Iterator[Example]:
+    """PKU-SafeRLHF: ``better_response_id`` is the number, 0 or 1, of the more helpful answer."""
+    codes = {0: FIRST, 1: SECOND}
+    yield judged(
+        column_prompt(row), row.get("response_0"), row.get("response_1"), lambda: coded_verdict(row.get("better_response_id"), codes)
+    )

@@ -1,0 +1,97 @@
+"""One template and one end-of-completion rule for all stages (CANON B2, B3; STYLE 3).
+
+Prompt and completion are encoded apart and their ids joined; a completion ends with the EOS id, and nowhere else is an id compared
+with EOS or pad. What users write is encoded as text: a literal ``<|im_end|>`` inside a message cannot forge a turn.
+"""
+
+import hashlib
+import json
+
+from rlhf.errors import InputError
+
+USER, ASSISTANT, SYSTEM, END, PAD = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|pad|>"
+
+SMALL_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}<|end|>"
+    "{% else %}<|system|>{{ m['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PLAIN_TEMPLATE = (  # for base models, whose tokenizer knows no turns
+    "{% for m in messages %}\n\n{{ {'user': 'Human', 'assistant': 'Assistant'}.get(m['role'], 'System') }}: {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+)
+
+
+class Encoder:
+    """Text to ids and back with one tokenizer; makes the tokenizer fit CANON B2 (a pad token that is not EOS, a chat template)."""
+
+    def __init__(self, tokenizer):
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token, so completions could never end; set eos_token in its config")
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        _give_pad_token(tokenizer)
+        self.tokenizer = tokenizer
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id
+        self._templates: dict[tuple[str, ...], list] = {}
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """Ids of a conversation that ends with a user turn, up to where the assistant's completion begins."""
+        ids: list[int] = []
+        for part in self._template(tuple(m["role"] for m in messages)):
+            ids += self.text_ids(messages[part]["content"]) if isinstance(part, int) else part
+        return ids
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Ids of a completion with the EOS that ends it."""
+        return self.text_ids(text) + [self.eos_id]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of text in which nothing is special: markers of the template inside it are spelled out as text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a completion's ids, up to its EOS if it has one."""
+        end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def ended(self, ids: list[int]) -> bool:
+        """True when the completion ends with EOS, as opposed to being cut at the length limit."""
+        return bool(ids) and ids[-1] == self.eos_id
+
+    def fingerprint(self) -> str:
+        """Hash of vocabulary, template and end token: stages refuse models made with another one."""
+        parts = json.dumps([sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, self.eos_id, self.pad_id])
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def _template(self, roles: tuple[str, ...]) -> list:
+        """The template for these roles as a list of id lists (its own text) and ints (the message whose content stands there)."""
+        if roles not in self._templates:
+            marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters: no template contains them
+            messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            rest = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            parts: list = []
+            for index, mark in enumerate(marks):
+                before, found, rest = rest.partition(mark)
+                if not found:
+                    raise InputError(f"the chat template of {self.tokenizer.name_or_path} does not show message {index} of roles {roles}")
+                parts += [self._template_ids(before), index]
+            self._templates[roles] = [p for p in [*parts, self._template_ids(rest)] if p != []]
+        return self._templates[roles]
+
+    def _template_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _give_pad_token(tokenizer) -> None:
+    """CANON B2: pad is never EOS. A special token the tokenizer already has serves, so that no embedding is added."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    for candidate in (PAD, "<pad>", "[PAD]", "<|endoftext|>", "<|finetune_right_pad_id|>", tokenizer.unk_token):
+        if candidate is not None and candidate != tokenizer.eos_token and candidate in tokenizer.get_vocab():
+            tokenizer.pad_token = candidate
+            return
+    tokenizer.add_special_tokens({"pad_token": PAD})

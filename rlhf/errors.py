@@ -1,0 +1,18 @@
+"""The ways a stage may end other than well, each with its exit code (DESIGN, "Commands")."""
+
+EXIT_DONE = 0
+EXIT_INPUT = 2
+EXIT_STOPPED = 3
+EXIT_INTERRUPTED = 130
+
+
+class InputError(Exception):
+    """The user's input is wrong: one message that names the thing, what was found, what was wanted, and the remedy."""
+
+    exit_code = EXIT_INPUT
+
+
+class TrainingStopped(Exception):
+    """Training had to stop: the message gives the reason and the last good checkpoint."""
+
+    exit_code = EXIT_STOPPED

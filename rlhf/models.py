@@ -1,0 +1,140 @@
+"""Backbones: the small GPT and its tokenizer, and any causal LM of `transformers`; loading, saving, LoRA.
+
+Everything is loaded in fp32 (the master weights) with dropout off (CANON B4); precision of the passes is accelerate's business.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Encoder
+from rlhf.errors import InputError
+
+SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabulary: 0.2M, 3.7M, 11.5M, 87M
+    "nano": (2, 64, 2),
+    "micro": (4, 256, 4),
+    "mini": (6, 384, 6),
+    "gpt2": (12, 768, 12),
+}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout",
+            "attention_probs_dropout_prob", "summary_first_dropout", "classifier_dropout", "pooler_dropout", "activation_dropout")
+
+
+def attention_kernel(wanted: str, device: torch.device | str) -> str:
+    """The attention implementation to ask `transformers` for.
+
+    On CPUs the backward of the fused kernel took 43 % of a training step at rows of 24 tokens (configs/EXPERIMENTS.md): plain products win.
+    """
+    if wanted != "auto":
+        return wanted
+    return "eager" if torch.device(device).type == "cpu" else "sdpa"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (GPT-2's kind) of `vocab_size` tokens made from `texts`, with the small template's five markers."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    markers = [PAD, END, USER, ASSISTANT, SYSTEM]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=markers, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=END, extra_special_tokens=[USER, ASSISTANT, SYSTEM],
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = SMALL_TEMPLATE
+    return tokenizer
+
+
+def new_gpt(size: str, encoder: Encoder, context: int, attention: str) -> GPT2LMHeadModel:
+    """A GPT-2 of a named size with fresh weights (CANON B1: pre-norm blocks, residual projections N(0, 0.02/sqrt(2 n_layer)), tied embeddings)."""
+    layers, width, heads = SIZES[size]
+    config = GPT2Config(
+        vocab_size=len(encoder.tokenizer), n_positions=context, n_embd=width, n_layer=layers, n_head=heads,
+        activation_function="gelu_pytorch_tanh",  # the same function as gelu_new in one fused kernel
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=encoder.eos_id, eos_token_id=encoder.eos_id, pad_token_id=encoder.pad_id, attn_implementation=attention)
+    return GPT2LMHeadModel(config)
+
+
+def backbone(config) -> str:
+    """Where the run's backbone lies: model.init, or the model that pretrain left."""
+    return config.model.init or str(Path(config.run.dir) / "pretrain" / "model")
+
+
+def load_encoder(source: str, trust_remote_code: bool = False) -> Encoder:
+    """The encoder of a model: a folder, hub id or .gguf file. Raises InputError when there is none."""
+    return Encoder(_load(AutoTokenizer, source, trust_remote_code=trust_remote_code))
+
+
+def load_policy(source: str, encoder: Encoder, attention: str, trust_remote_code: bool = False):
+    """A causal LM in fp32 without dropout, its embeddings as long as the encoder's vocabulary. Raises InputError."""
+    model = _load(AutoModelForCausalLM, source, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code,
+                  **_without_dropout(source, trust_remote_code))
+    return _fit(model, encoder)
+
+
+def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remote_code: bool = False):
+    """A sequence classifier with one output in fp32 without dropout. Raises InputError."""
+    model = _load(AutoModelForSequenceClassification, source, num_labels=1, dtype=torch.float32, attn_implementation=attention,
+                  trust_remote_code=trust_remote_code, **_without_dropout(source, trust_remote_code))
+    return _fit(model, encoder)
+
+
+def save_model(model, encoder: Encoder, folder: Path) -> None:
+    """A plain Hugging Face folder (safetensors, tokenizer with chat template) that the Auto classes load."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+
+
+def add_lora(model, rank: int, alpha: int, task: str):
+    """`model` with LoRA adapters on its linear layers (rank 0: unchanged); task: CAUSAL_LM or SEQ_CLS (whose head is trained whole)."""
+    if rank == 0:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task))
+
+
+def parameter_count(model) -> int:
+    """Weights of a model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _fit(model, encoder: Encoder):
+    if model.get_input_embeddings().weight.shape[0] < len(encoder.tokenizer):
+        model.resize_token_embeddings(len(encoder.tokenizer))
+    model.config.pad_token_id, model.config.eos_token_id = encoder.pad_id, encoder.eos_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = encoder.pad_id, encoder.eos_id
+    return model
+
+
+def _without_dropout(source: str, trust_remote_code: bool) -> dict:
+    """Every dropout that this model's configuration knows, at 0."""
+    config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
+    return {name: 0.0 for name in DROPOUTS if isinstance(getattr(config, name, None), float)}
+
+
+def _load(auto_class, source: str, **settings):
+    path = Path(source)
+    if path.suffix == ".gguf":
+        source, settings["gguf_file"] = str(path.parent), path.name
+    try:
+        return auto_class.from_pretrained(source, **settings)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"no model could be loaded from {source!r} ({reason}); wanted a folder with config.json, model.safetensors and "
+                         "tokenizer.json, a .gguf file, or a hub id that is reachable or cached") from None

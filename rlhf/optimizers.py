@@ -1,0 +1,26 @@
+"""AdamW and learning rates as functions of the step, so that a resumed run needs no scheduler state."""
+
+import torch
+
+
+def new_optimizer(model, lr: float, weight_decay: float = 0.0, eps: float = 1e-8, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
+    """AdamW over the trainable weights; decay on matrices only, not on biases and norms."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def linear_lr(step: int, steps: int, warmup: float = 0.0) -> float:
+    """Share of the peak rate in `step` of `steps`: up over the first `warmup` share, then linearly down to 0 at the end."""
+    rising = max(1, int(warmup * steps)) if warmup else 0
+    if step < rising:
+        return (step + 1) / rising
+    return (steps - step) / max(1, steps - rising)
+
+
+def set_lr(optimizer, lr: float) -> float:
+    """Sets every group to `lr` (times the group's own `lr_scale` where it has one) and returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr

@@ -1,0 +1,119 @@
+"""Forward passes over prompt + completion rows: log-probabilities, values, scores. Rows are padded on the right only, so a causal model
+needs no mask: nothing real ever looks at padding. The output layer runs on completion positions alone.
+
+Shapes: B rows, T tokens of prompt + completion, N completion tokens of all rows together, C of the longest.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rlhf.logprobs import token_logprobs
+from rlhf.masking import length_mask, right_pad
+
+SCALES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # models that do more than a matrix product after the trunk
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prompt + completion rows as one padded batch, with where their completions lie."""
+
+    ids_BT: torch.Tensor
+    mask_BC: torch.Tensor  # True on real completion tokens
+    before_N: torch.Tensor  # flat position (in B·T) of the token before each completion token: its logits and value predict it
+    targets_N: torch.Tensor  # ids of the completion tokens
+    last_B: torch.Tensor  # position of each row's last real token
+
+    @property
+    def tokens(self) -> int:
+        return int(self.last_B.sum()) + len(self.last_B)
+
+    def spread(self, values_N: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+        """[N] numbers at their places in [B, C], `fill` on padding."""
+        return torch.full(self.mask_BC.shape, fill, dtype=values_N.dtype, device=values_N.device).masked_scatter(self.mask_BC, values_N)
+
+
+def make_rows(prompts: list[list[int]], completions: list[list[int]], pad_id: int, device) -> Rows:
+    """Rows from id lists; every completion has at least one token (CANON A3, ValueError otherwise)."""
+    if not all(completions):
+        raise ValueError("a completion without tokens: it has no place for a score (CANON A3)")
+    joined = [p + c for p, c in zip(prompts, completions, strict=True)]
+    ids_BT = right_pad(joined, pad_id)
+    width = ids_BT.shape[1]
+    before = [row * width + len(p) - 1 + t for row, (p, c) in enumerate(zip(prompts, completions, strict=True)) for t in range(len(c))]
+    tensors = (ids_BT, length_mask([len(c) for c in completions]), torch.tensor(before), torch.tensor([i for c in completions for i in c]),
+               torch.tensor([len(row) - 1 for row in joined]))
+    return Rows(*(t.to(device) for t in tensors))
+
+
+def policy_pass(policy, rows: Rows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprobs_BC, entropy_BC, hidden_BTD): fp32 nats of the completion tokens, 0 on padding, and the trunk's last hidden states."""
+    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    if any(getattr(inner.config, name, None) for name in SCALES_LOGITS):
+        output = inner(input_ids=rows.ids_BT, use_cache=False, output_hidden_states=True)
+        hidden_BTD, logits_NV = output.hidden_states[-1], output.logits.flatten(0, 1)[rows.before_N]
+    else:
+        hidden_BTD = inner.base_model(input_ids=rows.ids_BT, use_cache=False).last_hidden_state
+        logits_NV = inner.get_output_embeddings()(hidden_BTD.flatten(0, 1)[rows.before_N])
+    logprobs_N, entropy_N = token_logprobs(logits_NV, rows.targets_N, temperature)
+    return rows.spread(logprobs_N), rows.spread(entropy_N), hidden_BTD
+
+
+class ValueModel(nn.Module):
+    """A value per token: a trunk and a linear head. `trunk` None: the hidden states of the policy are used (CANON P6)."""
+
+    def __init__(self, trunk: nn.Module | None, head: nn.Linear):
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, rows: Rows) -> torch.Tensor:
+        """values_BC in fp32, 0 on padding: what the rest of the episode is worth before each completion token."""
+        return self.of_hidden(self.trunk(input_ids=rows.ids_BT, use_cache=False).last_hidden_state, rows)
+
+    def of_hidden(self, hidden_BTD, rows: Rows) -> torch.Tensor:
+        """The same from hidden states that are already there."""
+        return rows.spread(self.head(hidden_BTD.flatten(0, 1)[rows.before_N])[:, 0].float())
+
+
+class PolicyAndValue(nn.Module):
+    """Both networks of PPO as one module, so that one wrapper (DDP, FSDP, DeepSpeed) and one optimizer hold them."""
+
+    def __init__(self, policy, value_model: ValueModel):
+        super().__init__()
+        self.policy, self.value_model = policy, value_model
+
+    def forward(self, rows: Rows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logprobs_BC, entropy_BC, values_BC)."""
+        logprobs_BC, entropy_BC, hidden_BTD = policy_pass(self.policy, rows, temperature)
+        values_BC = self.value_model(rows) if self.value_model.trunk is not None else self.value_model.of_hidden(hidden_BTD, rows)
+        return logprobs_BC, entropy_BC, values_BC
+
+
+def by_tokens(lengths: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
+    """Row indices in groups of similar length whose padded size stays within `budget` tokens (a longer row makes its own group).
+
+    `at_least`: groups are split further until there are this many (processes that must step together), as far as rows allow.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    groups: list[list[int]] = [[]]
+    for i in order:
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    while len(groups) < at_least and max(map(len, groups)) > 1:
+        largest = max(range(len(groups)), key=lambda g: len(groups[g]))
+        group = groups.pop(largest)
+        groups[largest:largest] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return groups
+
+
+@torch.inference_mode()
+def logprob_sums(policy, pairs: list[tuple[list[int], list[int]]], pad_id: int, temperature: float, budget: int) -> list[float]:
+    """Log-probability, nats, of each completion given its prompt, in the order given."""
+    device, sums = next(policy.parameters()).device, [0.0] * len(pairs)
+    for group in by_tokens([len(p) + len(c) for p, c in pairs], budget):
+        rows = make_rows([pairs[i][0] for i in group], [pairs[i][1] for i in group], pad_id, device)
+        for i, total in zip(group, policy_pass(policy, rows, temperature)[0].sum(1).tolist(), strict=True):
+            sums[i] = total
+    return sums

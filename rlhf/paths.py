@@ -1,0 +1,14 @@
+"""Where the files that ship with the project lie: beside the package in a checkout, inside it after a plain install."""
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(relative: str) -> Path:
+    """Path of a shipped file such as ``configs/quickstart.yaml`` or ``data/world/facts.json``; FileNotFoundError if it is not there."""
+    for root in (PACKAGE.parent, PACKAGE / "_shipped"):
+        path = root / relative
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{relative} does not ship with this installation of rlhf ({PACKAGE})")

@@ -1,0 +1,165 @@
+"""The PPO update: epochs, minibatches and microbatches over one rollout, and what it reports (CANON P3-P5, P9-P11, A1, A4)."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.compute import max_over_processes, share, sum_over_processes
+from rlhf.kl import k3
+from rlhf.losses import language_model_loss, policy_loss, value_loss
+from rlhf.passes import PolicyAndValue, by_tokens, make_rows
+from rlhf.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What the update needs to know; names and units as in rlhf/config.py, section ppo."""
+
+    epochs: int
+    minibatches: int
+    microbatch_tokens: int
+    clip: float
+    value_clip: float
+    value_coef: float
+    policy_coef: float  # 0 while only the value model learns
+    ptx_coef: float
+    max_grad_norm: float
+    target_kl: float | None
+    temperature: float
+
+
+SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "tokens", "ptx_tokens", "ratio_error")
+
+
+def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSettings, pad_id: int, seed: int, ptx_rows=(), after_step=None) -> dict:
+    """Optimizes `model` (a prepared PolicyAndValue) on a rollout; returns figures for metrics.jsonl.
+
+    `ptx_rows`: (prompt, completion) id pairs for PPO-ptx, shared out over the optimizer steps. `after_step()` runs after each step.
+    A step whose gradient is not finite is left out and counted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps, skipped, first_error, epochs_run = [], 0, 0.0, 0
+    ptx = [list(ptx_rows[i :: settings.epochs * settings.minibatches]) for i in range(settings.epochs * settings.minibatches)]
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(rollout.prompts), generator=generator).tolist()
+        size = len(order) // settings.minibatches
+        epoch_kl = []
+        for start in range(0, size * settings.minibatches, size):
+            figures, norm = _step(accelerator, model, rollout, order[start : start + size], ptx[len(steps)], settings, pad_id)
+            if not steps:
+                first_error = figures["ratio_error"]
+            if math.isfinite(norm):
+                optimizer.step()
+                if after_step is not None:
+                    after_step()
+            else:
+                skipped += 1
+            optimizer.zero_grad()
+            steps.append({**figures, "grad_norm": norm})
+            epoch_kl.append(figures["approx_kl"])
+        epochs_run += 1
+        if settings.target_kl is not None and sum(epoch_kl) / len(epoch_kl) > settings.target_kl:
+            break
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm") + (("ptx_loss",) if ptx_rows else ())
+    return {**{n: sum(s[n] for s in steps) / len(steps) for n in names}, "first_ratio_error": first_error, "skipped_steps": skipped,
+            "epochs_run": epochs_run}
+
+
+def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int) -> tuple[dict, float]:
+    """Gradients of one minibatch over all processes; returns its figures and the gradient norm before clipping (nan or inf: do not step)."""
+    count = int(rollout.mask_BC[rows].sum())  # real tokens of the minibatch, all processes together (CANON P4)
+    mine, my_ptx = share(accelerator, rows), share(accelerator, ptx_rows)
+    ptx_count = sum(len(c) for _, c in ptx_rows)
+    lengths = [len(rollout.prompts[i]) + len(rollout.completions[i]) for i in mine]
+    groups = by_tokens(lengths, settings.microbatch_tokens)
+    groups = by_tokens(lengths, settings.microbatch_tokens, at_least=max_over_processes(accelerator, len(groups)))
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=accelerator.device)
+    for place, group in enumerate(groups):
+        last = place + 1 == len(groups) and not my_ptx
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            loss, figures = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)
+            # DDP averages the gradients of the processes; the loss is a sum over tokens of all of them, divided once
+            accelerator.backward(loss * accelerator.num_processes / count)
+            sums += figures
+    if my_ptx:
+        loss, figures = _ptx_loss(accelerator, model, my_ptx, settings, pad_id)
+        accelerator.backward(settings.ptx_coef * loss * accelerator.num_processes / ptx_count)
+        sums += figures
+    largest_error = sums[-1].clone()
+    totals = dict(zip(SUMS, sum_over_processes(accelerator, sums).tolist(), strict=True))
+    figures = {n: totals[n] / max(totals["tokens"], 1) for n in ("policy_loss", "value_loss", "approx_kl", "clip_fraction")}
+    figures["ptx_loss"] = totals["ptx_loss"] / max(totals["ptx_tokens"], 1)
+    figures["ratio_error"] = float(largest_error)
+    return figures, _clip(accelerator, model, settings.max_grad_norm)
+
+
+def _ppo_loss(accelerator, model, rollout, rows: list[int], settings: UpdateSettings, pad_id: int):
+    """Weighted loss sum of a microbatch, and its sums for the figures."""
+    batch = make_rows([rollout.prompts[i] for i in rows], [rollout.completions[i] for i in rows], pad_id, accelerator.device)
+    width = batch.mask_BC.shape[1]
+    old_BC, advantages_BC, old_values_BC, returns_BC = (
+        t[rows, :width].to(accelerator.device)
+        for t in (rollout.old_logprobs_BC, rollout.advantages_BC, rollout.values_BC, rollout.returns_BC))
+    with accelerator.autocast():
+        logprobs_BC, _, values_BC = model(batch, settings.temperature)
+    policy_sum, count = policy_loss(logprobs_BC, old_BC, advantages_BC, batch.mask_BC, settings.clip)
+    value_sum, _ = value_loss(values_BC, old_values_BC, returns_BC, batch.mask_BC, settings.value_clip)
+    with torch.no_grad():
+        ratio_BC = torch.exp(torch.where(batch.mask_BC, logprobs_BC - old_BC, 0.0))
+        off_BC = (ratio_BC - 1).abs()
+        kl_sum = torch.where(batch.mask_BC, k3(old_BC, logprobs_BC), 0.0).sum()
+        figures = torch.stack([policy_sum.detach(), value_sum.detach(), kl_sum, (off_BC > settings.clip).sum(), kl_sum * 0, count, count * 0,
+                               off_BC.max()]).double()
+    return settings.policy_coef * policy_sum + settings.value_coef * value_sum, figures
+
+
+def _ptx_loss(accelerator, model, pairs: list, settings: UpdateSettings, pad_id: int):
+    """Language-model loss sum of PPO-ptx rows (IG eq. 2), and its sums for the figures."""
+    batch = make_rows([p for p, _ in pairs], [c for _, c in pairs], pad_id, accelerator.device)
+    with accelerator.autocast():
+        logprobs_BC, _, values_BC = model(batch, 1.0)
+    loss, count = language_model_loss(logprobs_BC, batch.mask_BC)
+    figures = torch.zeros(len(SUMS), dtype=torch.float64, device=loss.device)
+    figures[SUMS.index("ptx_loss")], figures[SUMS.index("ptx_tokens")] = loss.detach(), count
+    return loss + 0.0 * values_BC.sum(), figures  # the zero term keeps the value model in every process's graph
+
+
+def _clip(accelerator, model, max_norm: float) -> float:
+    """Clips policy and value model each by itself; the larger norm of the two, nan or inf when either is not finite."""
+    inner: PolicyAndValue = accelerator.unwrap_model(model)
+    norms = []
+    for part in (inner.policy, inner.value_model):
+        parameters = [p for p in part.parameters() if p.grad is not None]
+        if parameters:
+            norms.append(float(accelerator.clip_grad_norm_(parameters, max_norm)))
+    return max(norms, key=lambda n: n if math.isfinite(n) else math.inf)
+
+
+class MovingAverage:
+    """Exponential moving average of a model's trainable weights (CANON P10): average <- decay·average + (1 - decay)·weights."""
+
+    def __init__(self, model, decay: float):
+        self.model, self.decay = model, decay
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def step(self) -> None:
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if p.requires_grad:
+                    self.average[name].lerp_(p, 1 - self.decay)
+
+    def copy_to_model(self) -> None:
+        """The average takes the place of the weights."""
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(self.average[name])
+
+    def state_dict(self) -> dict:
+        return self.average
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, tensor in state.items():
+            self.average[name].copy_(tensor)

@@ -1,0 +1,58 @@
+"""What a person sees while a stage runs: a bar with the figures that matter in a terminal, plain lines elsewhere, little with --quiet."""
+
+import os
+import sys
+import time
+
+from rlhf.runs import is_main
+
+QUIET = "RLHF_QUIET"
+
+
+def say(message: str) -> None:
+    """One line from the main process."""
+    if is_main():
+        print(message, flush=True)
+
+
+class Progress:
+    """`with Progress("ppo", total) as bar: bar.update(step, score=0.3)`: a bar that rewrites itself, or a line every `every` seconds."""
+
+    def __init__(self, label: str, total: int, start: int = 0, every: float = 15.0):
+        self.label, self.total, self.start, self.every = label, total, start, every
+        self.live = is_main() and sys.stdout.isatty() and not os.environ.get(QUIET)
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+        self.shown = self.began if not self.live else 0.0
+        return self
+
+    def __exit__(self, *exception):
+        if self.live:
+            print(flush=True)
+
+    def update(self, step: int, **figures) -> None:
+        """`step` counts what is finished; figures are shown in the given order."""
+        now = time.perf_counter()
+        last = step >= self.total
+        if not is_main() or (now - self.shown < (0.2 if self.live else self.every) and not last) or (os.environ.get(QUIET) and not last):
+            return
+        self.shown = now
+        spent = now - self.began
+        left = spent / max(step - self.start, 1) * (self.total - step)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
+        line = f"{self.label} {step}/{self.total}  {_clock(spent)}<{_clock(left)}  {shown}"
+        if self.live:
+            done = int(20 * step / self.total)
+            width = os.get_terminal_size().columns
+            print(f"\r\033[K{('[' + '#' * done + '.' * (20 - done) + '] ' + line)[:width - 1]}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def _short(value) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,43 @@
+"""Prompts of a run for sampling: read, encoded, those too long for the model left out and counted."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf import world
+from rlhf.encoding import Encoder
+from rlhf.errors import InputError
+from rlhf.jsonl import read_jsonl
+from rlhf.progress import say
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its messages, its ids up to where the completion begins, its id, and its family in the embedded world."""
+
+    messages: list[dict]
+    ids: list[int]
+    id: str
+    family: str | None
+
+    @property
+    def text(self) -> str:
+        return self.messages[-1]["content"]
+
+
+def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) -> list[Prompt]:
+    """Prompts of RUN/data/prompts/SPLIT.jsonl of at most `max_tokens` ids. Raises InputError when none is left."""
+    path = Path(run_dir) / "data" / "prompts" / f"{split}.jsonl"
+    rows = [Prompt(r["prompt"], encoder.prompt_ids(r["prompt"]), r["id"], r.get("family")) for r in read_jsonl(path)]
+    kept = [row for row in rows if len(row.ids) <= max_tokens]
+    if not kept:
+        raise InputError(f"{path}: none of {len(rows)} prompts has at most data.max_prompt_tokens={max_tokens} tokens; raise it or give other prompts")
+    if len(kept) < len(rows):
+        say(f"prompts: {len(rows) - len(kept):,} of {len(rows):,} {split} prompts left out, longer than data.max_prompt_tokens={max_tokens}")
+    return kept
+
+
+def gold_scores(prompts: list[Prompt], completions: list[str]) -> list[float] | None:
+    """Gold scores in [0, 1], or None when the prompts are not of the embedded world. For reports alone: nothing may learn from them."""
+    if any(p.family is None for p in prompts):
+        return None
+    return [world.gold_score(p.text, c) for p, c in zip(prompts, completions, strict=True)]

@@ -1,0 +1,164 @@
+"""Rankings of K answers to a prompt: as batches for the reward model (CANON R4), and how well its scores order them (R5, R6).
+
+Shapes: B prompts, K answers of a prompt (0 ranks mark empty places where K differs), N answers of all prompts together, T tokens of
+prompt + answer, P pairs of differently ranked answers of a prompt.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+from rlhf.losses import ranking_loss
+from rlhf.masking import length_mask, right_pad
+
+Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
+BINS = 5
+
+
+def judge_share(prompt_id: str, fraction: float) -> bool:
+    """True for the `fraction` of prompts (0 to 1, by hash) whose rankings are kept for the judge and never seen by the reward model."""
+    return int.from_bytes(hashlib.sha256(b"judge" + prompt_id.encode()).digest()[:8], "big") / 2**64 < fraction
+
+
+def encode_rankings(rows, encoder, max_prompt_tokens: int, max_completion_tokens: int, ties: str) -> tuple[list[dict], int]:
+    """Canonical preference rows as ids, and how many rows were left out.
+
+    Answers over `max_completion_tokens` (with the EOS) are left out; a row is, when its prompt is over `max_prompt_tokens` or no pair is
+    left to learn from. An encoded row: {"prompt": ids, "completions": [ids, ...], "ranks", "margin": float, "gold": [float, ...] or None}.
+    """
+    encoded, dropped = [], 0
+    for row in rows:
+        prompt, completions = encoder.prompt_ids(row["prompt"]), [encoder.completion_ids(c) for c in row["completions"]]
+        kept = [i for i, ids in enumerate(completions) if len(ids) <= max_completion_tokens]
+        ranks, gold = [row["ranks"][i] for i in kept], row.get("gold")
+        if len(prompt) > max_prompt_tokens or len(set(ranks)) < 2 and not (ties == "half" and len(ranks) > 1):
+            dropped += 1
+            continue
+        encoded.append({"prompt": prompt, "completions": [completions[i] for i in kept], "ranks": ranks, "margin": float(row.get("margin") or 0.0),
+                        "gold": gold and [gold[i] for i in kept]})
+    return encoded, dropped
+
+
+def collate_rankings(rows: list[dict], pad_id: int) -> dict:
+    """All answers of some prompts as one right-padded batch in which each stands once, and where each prompt finds its own.
+
+    ids_NT, mask_NT (True on real tokens); places_BK: row in N of each answer; ranks_BK: 1 is best, 0 an empty place; margin_B; tokens: real ones.
+    """
+    answers = [row["prompt"] + completion for row in rows for completion in row["completions"]]
+    counts = torch.tensor([len(row["completions"]) for row in rows])
+    starts, real_BK = counts.cumsum(0) - counts, length_mask(counts)
+    lengths = [len(ids) for ids in answers]
+    return {
+        "ids_NT": right_pad(answers, pad_id), "mask_NT": length_mask(lengths), "tokens": sum(lengths),
+        "places_BK": torch.where(real_BK, starts[:, None] + torch.arange(real_BK.shape[1]), 0),
+        "ranks_BK": right_pad([row["ranks"] for row in rows], 0), "margin_B": torch.tensor([row["margin"] for row in rows]),
+    }
+
+
+def init_reward_head(reward_model, generator: torch.Generator | None = None) -> nn.Linear:
+    """Draws the scalar head from N(0, 1/sqrt(d + 1)), d its inputs, with bias 0 where it has one (CANON R1; N+ 11); returns it."""
+    head = [m for m in reward_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1))
+        if head.bias is not None:
+            head.bias.zero_()
+    return head
+
+
+def pair_figures(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the pairs with a better and a worse answer: how many are ordered right (equal rewards: half), how many there are, sum of differences."""
+    difference_BKK = rewards_BK[:, :, None] - rewards_BK[:, None, :]
+    better_BKK = (ranks_BK[:, :, None] > 0) & (ranks_BK[:, :, None] < ranks_BK[:, None, :])
+    right_BKK = (difference_BKK > 0).float() + 0.5 * (difference_BKK == 0)
+    return torch.where(better_BKK, right_BKK, 0.0).sum(), better_BKK.sum(), torch.where(better_BKK, difference_BKK, 0.0).sum()
+
+
+def normalisation(raw_scores_B: torch.Tensor) -> tuple[float, float]:
+    """(gain, bias) with which gain · score + bias has mean 0 and standard deviation 1 over these scores (CANON R5; biased variance).
+
+    Equal scores have no scale: their gain is 1. ValueError for a score that is not finite.
+    """
+    if not torch.isfinite(raw_scores_B).all():
+        raise ValueError("a reward model's score is not finite")
+    mean, std = raw_scores_B.double().mean().item(), raw_scores_B.double().std(unbiased=False).item()
+    gain = 1.0 / std if std > 1e-8 * max(1.0, abs(mean)) else 1.0
+    return gain, -mean * gain
+
+
+def evaluate_rankings(rows: list[dict], scores: list[list[float]], ties: str = "drop") -> dict:
+    """CANON R6 for encoded rows and a raw score for each of their answers.
+
+    accuracy: share of pairs ordered right, equal scores counting half; tied ranks make no pair. ci95: Wilson's interval with the sample size
+    that pairs of the same prompt, which are not independent, are worth. by_margin: by difference of the scores, in equally filled
+    bins. calibration: the preference that the scores predict, sigmoid of their difference, against the share observed. noise_free_*: pairs
+    ordered by the rows' gold scores, where they have them. Raises ValueError when there is no pair.
+    """
+    difference_P, prompt_P = _pairs([r["ranks"] for r in rows], scores)
+    if len(difference_P) == 0:
+        raise ValueError("no pair of differently ranked answers to evaluate on")
+    longer_P, _ = _pairs([r["ranks"] for r in rows], [[len(c) for c in r["completions"]] for r in rows])
+    right_P = _right(difference_P)
+    return {
+        "accuracy": right_P.mean().item(), "ci95": list(clustered_interval(right_P, prompt_P)), "pairs": len(right_P),
+        "longer_wins_accuracy": _right(longer_P).mean().item(), "loss": _loss(rows, scores, ties),
+        "by_margin": _by_margin(difference_P.abs(), right_P), "calibration": _calibration(difference_P.abs(), right_P),
+        **_noise_free(rows, scores),
+    }
+
+
+def clustered_interval(right_P: torch.Tensor, prompt_P: torch.Tensor) -> tuple[float, float]:
+    """95 % interval of the mean of `right_P` (0, 1/2 or 1), pairs of the same prompt being one draw.
+
+    Wilson's score interval with the effective size m(1 - m) / v, v the cluster-robust variance of the mean m; the count of prompts where all
+    pairs agree and v says nothing. Inside [0, 1], and with a width at 0 and 1.
+    """
+    right_P, (_, cluster_P) = right_P.double(), prompt_P.unique(return_inverse=True)
+    clusters, mean = int(cluster_P.max()) + 1, right_P.mean().item()
+    residual = torch.zeros(clusters, dtype=torch.double).index_add(0, cluster_P, right_P - mean)
+    variance = residual.square().sum().item() * clusters / max(clusters - 1, 1) / len(right_P) ** 2
+    size = min(mean * (1 - mean) / variance, len(right_P)) if variance > 1e-15 else clusters
+    slack = Z95**2 / size
+    centre = (mean + slack / 2) / (1 + slack)
+    half = math.sqrt(slack * mean * (1 - mean) + slack**2 / 4) / (1 + slack)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _pairs(orders: list[list], values: list[list[float]], reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(value of the better answer less that of the worse, index of the prompt) of all pairs; better: the lower in `orders`."""
+    sign = -1 if reverse else 1
+    pairs = [(value[i] - value[j], row) for row, (order, value) in enumerate(zip(orders, values, strict=True))
+             for i in range(len(order)) for j in range(len(order)) if sign * order[i] < sign * order[j]]
+    return torch.tensor([d for d, _ in pairs], dtype=torch.double), torch.tensor([row for _, row in pairs], dtype=torch.long)
+
+
+def _right(difference_P: torch.Tensor) -> torch.Tensor:
+    return (difference_P > 0).double() + 0.5 * (difference_P == 0)
+
+
+def _loss(rows: list[dict], scores: list[list[float]], ties: str) -> float:
+    total, count = ranking_loss(right_pad(scores, 0.0).double(), right_pad([r["ranks"] for r in rows], 0),
+                                torch.tensor([r["margin"] for r in rows]).double(), ties)
+    return (total / count).item()
+
+
+def _by_margin(margin_P: torch.Tensor, right_P: torch.Tensor) -> list[dict]:
+    order = margin_P.argsort(stable=True)
+    return [{"margin_from": margin_P[part[0]].item(), "margin_to": margin_P[part[-1]].item(), "pairs": len(part), "accuracy": right_P[part].mean().item()}
+            for part in order.tensor_split(BINS) if len(part)]
+
+
+def _calibration(margin_P: torch.Tensor, right_P: torch.Tensor) -> list[dict]:
+    """Five equal steps of the predicted preference from 1/2 to 1; empty ones are left out."""
+    predicted_P = torch.sigmoid(margin_P)
+    step_P = ((predicted_P - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    return [{"predicted": predicted_P[step_P == b].mean().item(), "observed": right_P[step_P == b].mean().item(), "pairs": int((step_P == b).sum())}
+            for b in range(BINS) if (step_P == b).any()]
+
+
+def _noise_free(rows: list[dict], scores: list[list[float]]) -> dict:
+    known = [i for i, row in enumerate(rows) if row["gold"]]
+    difference_P, _ = _pairs([rows[i]["gold"] for i in known], [scores[i] for i in known], reverse=True)
+    found = len(difference_P) > 0
+    return {"noise_free_accuracy": _right(difference_P).mean().item() if found else None, "noise_free_pairs": len(difference_P) if found else None}

@@ -1,0 +1,217 @@
+"""The run folder (DESIGN): a stage opens its folder, logs into it, and leaves DONE last.
+
+A stage knows its own experiment by a fingerprint of the settings it reads and of its parents' DONE files, so that a finished stage is
+never run again by accident, never mixed with another experiment, and never kept when a parent has changed.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from rlhf.config import Config, config_to_tree
+from rlhf.errors import InputError
+from rlhf.jsonl import read_jsonl, replacing, write_json
+from rlhf.metrics import check_names
+from rlhf.paths import PACKAGE
+
+READS = {  # the sections of settings that decide what a stage makes, beside seed
+    "prepare": ("data", "world"),
+    "pretrain": ("model", "pretrain", "run.precision"),
+    "sft": ("model", "data", "sft", "run.precision"),
+    "collect": ("collect", "data", "run.precision", "world.agreement", "pipeline.rounds"),
+    "reward": ("model", "data", "reward", "run.precision"),
+    "judge": ("model", "data", "reward", "run.precision"),
+    "ppo": ("model", "data", "ppo", "run.precision"),
+    "compare": ("compare", "data", "run.precision"),
+}
+_locks: dict[Path, object] = {}
+
+
+class Stage:
+    """An open stage folder. Only the main process writes; the others hold the same object and their calls do nothing."""
+
+    def __init__(self, name: str, folder: Path, config: Config, main: bool):
+        self.name, self.folder, self.config, self.main = name, folder, config, main
+        self._metrics = None
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "DONE").is_file()
+
+    def log(self, step: int, **figures) -> None:
+        """Adds a line to metrics.jsonl; names must stand in the glossary (rlhf/metrics.py)."""
+        check_names(figures)
+        if self.main:
+            if self._metrics is None:
+                self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+            self._metrics.write(json.dumps({"step": step, **{k: _rounded(v) for k, v in figures.items()}}) + "\n")
+            self._metrics.flush()
+
+    def forget_after(self, step: int) -> None:
+        """Drops logged lines past `step`, from where a resumed stage logs them again."""
+        path = self.folder / "metrics.jsonl"
+        if self.main and path.is_file():
+            kept = [row for row in read_jsonl(path) if row["step"] <= step]
+            with replacing(path) as file:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+
+    def finish(self, **results) -> None:
+        """Writes DONE with the digest of what was made; the stage's checkpoints are no longer needed and go."""
+        if self.main:
+            if self._metrics is not None:
+                self._metrics.close()
+            digest = file_digest(self.model / "model.safetensors") if self.model.is_dir() else None
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            write_json(self.folder / "DONE", {"fingerprint": self._manifest["fingerprint"], "model_sha256": digest, **results})
+
+    def begin(self, parents: dict[str, str], inputs: dict[str, str]) -> None:
+        """Writes config.yaml and manifest.json, or refuses a folder that belongs to another experiment. Raises InputError."""
+        self._manifest = {
+            "stage": self.name, "fingerprint": _fingerprint(self.name, self.config, parents, inputs), "seed": self.config.seed,
+            "commit": source_commit(), "versions": versions(), "parents": parents, "inputs": inputs, "command": " ".join(sys.argv),
+        }
+        old = self.folder / "manifest.json"
+        if old.is_file():
+            _refuse_other_experiment(self, json.loads(old.read_text(encoding="utf-8")))
+        if self.main and not self.done:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / "config.yaml") as file:
+                yaml.safe_dump(config_to_tree(self.config), file, sort_keys=False, allow_unicode=True)
+            write_json(old, self._manifest)
+
+
+def open_stage(name: str, config: Config, parents: tuple[str, ...] = (), inputs: dict[str, str] | None = None, within: str = "") -> Stage:
+    """The folder RUN/[within/]NAME, opened to be written. `parents` are stages (paths below RUN) that must be DONE; `inputs`: name -> digest.
+
+    Raises InputError when a parent is missing, the folder holds another experiment, or another process works on the run.
+    """
+    run = Path(config.run.dir)
+    digests = {}
+    for parent in parents:
+        done = run / parent / "DONE"
+        if not done.is_file():
+            stage = Path(parent).name
+            raise InputError(f"{name} needs the finished stage {parent}, and {done} is not there. Run `python -m stages.{stage}` with the same "
+                             f"--config and run.dir first, or `python -m stages.pipeline` for all of them")
+        digests[parent] = file_digest(done)
+    if is_main():
+        lock_run(run)
+    stage = Stage(name, run / within / name, config, is_main())
+    stage.begin(digests, inputs or {})
+    return stage
+
+
+def is_main() -> bool:
+    """True in the one process that writes (accelerate sets RANK for the others)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def lock_run(run: Path) -> None:
+    """Holds RUN/.lock until this process ends; the system frees it even after kill -9, so a lock is never stale. Raises InputError."""
+    run = run.resolve()
+    if run in _locks:
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"run.dir={run}: cannot be written ({error.strerror}); name another folder with run.dir=...") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise InputError(f"{run}: process {file.read().strip() or '?'} works on this run; wait for it, stop it, or name another run.dir=...") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks[run] = file
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    names = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def source_commit() -> str:
+    """The commit of this checkout, '+changes' when files differ from it, or 'unknown' outside a checkout."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(PACKAGE.parent), *words], capture_output=True, text=True, timeout=10)
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        if head.returncode or not (PACKAGE.parent / ".git").exists():
+            return "unknown"
+        return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def _relevant(name: str, config: Config) -> dict:
+    tree = config_to_tree(config)
+    picked: dict = {"seed": tree["seed"]}
+    for entry in READS[name]:
+        section, _, key = entry.partition(".")
+        picked[entry] = tree[section][key] if key else tree[section]
+    return picked
+
+
+def _fingerprint(name: str, config: Config, parents: dict, inputs: dict) -> str:
+    return hashlib.sha256(json.dumps([_relevant(name, config), parents, inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _refuse_other_experiment(stage: Stage, old: dict) -> None:
+    if old.get("fingerprint") == stage._manifest["fingerprint"]:
+        return
+    saved = yaml.safe_load((stage.folder / "config.yaml").read_text(encoding="utf-8"))
+    changes = [f"the finished stage {p} has changed since" for p, d in stage._manifest["parents"].items() if old.get("parents", {}).get(p) != d]
+    changes += [f"the input {p} has changed since" for p, d in stage._manifest["inputs"].items() if old.get("inputs", {}).get(p) != d]
+    now = config_to_tree(stage.config)
+    for entry in ("seed", *READS[stage.name]):
+        section, _, key = entry.partition(".")
+        for field in [key] if key else (now[section] if isinstance(now[section], dict) else [None]):
+            was, wanted = (saved.get(section), now[section]) if field is None else (saved.get(section, {}).get(field), now[section][field])
+            if was != wanted:
+                changes.append(f"{section}{'.' + field if field else ''} was {was!r} and is now {wanted!r}")
+    raise InputError(f"{stage.folder} holds another experiment: {'; '.join(changes) or 'its settings differ'}. Nothing was written. "
+                     f"Name another folder with run.dir=..., or delete {stage.folder} and the stages after it")
+
+
+def _rounded(value):
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def replace_section(config: Config, section: str, **values) -> Config:
+    """`config` with some settings of one section changed."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})

@@ -1,0 +1,108 @@
+"""Sampling completions from a policy: finished rows leave the batch, keys and values live in one preallocated buffer.
+
+A row's randomness is drawn before it is sampled (one uniform number a token), so what a prompt gets does not depend on which rows it
+is batched with, nor on how many processes share the work. top_k and top_p do not exist here (CANON S1).
+"""
+
+import hashlib
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from rlhf.encoding import Encoder
+from rlhf.masking import left_pad, left_pad_mask, positions
+
+COMPACT_BELOW = 0.75  # the batch is repacked when fewer of its rows than this are still running
+
+
+class BufferLayer(DynamicLayer):
+    """Keys and values of one layer in buffers of the final length: a step writes one column instead of copying the whole past."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.filled = length, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            shape = (*key_states.shape[:2], self.length, key_states.shape[3])
+            self.key_buffer, self.value_buffer = key_states.new_empty(shape), value_states.new_empty((*shape[:3], value_states.shape[3]))
+        end = self.filled + key_states.shape[2]
+        self.key_buffer[:, :, self.filled : end] = key_states
+        self.value_buffer[:, :, self.filled : end] = value_states
+        self.filled = end
+        self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Only these rows of the batch remain."""
+        self.key_buffer, self.value_buffer = self.key_buffer[rows], self.value_buffer[rows]
+
+
+def draw_uniforms(rows: int, columns: int, *seeds: int) -> torch.Tensor:
+    """Uniform numbers [rows, columns] in [0, 1) that follow from the seeds alone (on the CPU, so alike on every device)."""
+    seed = int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, columns, generator=generator)
+
+
+@torch.inference_mode()
+def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder: Encoder, temperature: float, batch_size: int) -> list[list[int]]:
+    """A completion for each prompt: ids up to and with the EOS, or as many as `uniforms_BC` has columns.
+
+    Prompts are sampled in batches of similar length. `policy` is called under whatever autocast the caller opened.
+    """
+    completions: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        sampled = _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
+        for i, ids in zip(rows, sampled, strict=True):
+            completions[i] = ids
+    return completions
+
+
+def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[list[int]]:
+    device = next(policy.parameters()).device
+    limit = uniforms_BC.shape[1]
+    mask_BT = left_pad_mask([len(p) for p in prompts]).to(device)
+    width = mask_BT.shape[1]
+    mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), limit)], 1)
+    layers = [BufferLayer(width + limit) for _ in range(policy.config.get_text_config().num_hidden_layers)]
+    cache = Cache(layers=layers)
+    ids, position = left_pad(prompts, encoder.pad_id).to(device), positions(mask_BT[:, :width])
+    uniforms_BC, running, sampled = uniforms_BC.to(device), torch.arange(len(prompts), device=device), []
+    for column in range(limit):
+        logits = policy(input_ids=ids, attention_mask=mask_BT[:, : width + column], position_ids=position, past_key_values=cache, use_cache=True,
+                        logits_to_keep=1).logits[:, -1]
+        ids = _draw(logits, uniforms_BC[:, column], temperature)[:, None]
+        sampled.append((running, ids[:, 0]))
+        going = (ids[:, 0] != encoder.eos_id).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        # Rows that ended go on producing ids that nobody reads until enough of them leave together.
+        position = position[:, -1:] + 1
+        if len(going) < COMPACT_BELOW * len(running):
+            running, ids, position, uniforms_BC, mask_BT = (t[going] for t in (running, ids, position, uniforms_BC, mask_BT))
+            for layer in layers:
+                layer.keep_rows(going)
+    return _until_eos(sampled, len(prompts), encoder)
+
+
+def _draw(logits_BV, uniforms_B, temperature) -> torch.Tensor:
+    """Ids [B]: the first whose cumulative probability exceeds the row's uniform number (inverse transform sampling)."""
+    cumulative_BV = torch.softmax(logits_BV.float() / temperature, -1).cumsum(-1)
+    threshold_B1 = (uniforms_B[:, None] * cumulative_BV[:, -1:])
+    return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+
+
+def _until_eos(sampled, count: int, encoder: Encoder) -> list[list[int]]:
+    completions: list[list[int]] = [[] for _ in range(count)]
+    for rows, ids in sampled:
+        for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
+            if not encoder.ended(completions[row]):
+                completions[row].append(token)
+    return completions

@@ -1,0 +1,103 @@
+"""Scores of completions, one number each, from any source (CANON S4): our reward model or an ensemble of them, a reward model with
+another tokenizer, or a Python callable. Normalisation (R5) travels in the reward model's config.json as reward_gain and reward_bias.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rlhf.encoding import Encoder
+from rlhf.errors import InputError
+from rlhf.masking import length_mask, right_pad
+from rlhf.models import load_encoder, load_reward_model
+from rlhf.passes import by_tokens
+
+Scorer = Callable[[list[list[dict]], list[list[int]], Encoder], torch.Tensor]
+"""f(prompts as messages, completions as ids of the policy's encoder, that encoder) -> scores_B, fp32 on the CPU."""
+
+
+@torch.inference_mode()
+def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = 16_384) -> torch.Tensor:
+    """[B] outputs of a sequence classifier for prompt + completion ids, not normalised, in the order given.
+
+    A causal model answers at the last real token (CANON R2), an encoder where its architecture pools; padding is on the right.
+    """
+    device = next(reward_model.parameters()).device
+    scores_B = torch.empty(len(rows))
+    for group in by_tokens([len(r) for r in rows], budget):
+        ids_BT = right_pad([rows[i] for i in group], pad_id).to(device)
+        mask_BT = length_mask([len(rows[i]) for i in group]).to(device)
+        scores_B[group] = reward_model(input_ids=ids_BT, attention_mask=mask_BT.long()).logits[:, 0].float().cpu()
+    return scores_B
+
+
+class RewardModelScorer:
+    """Normalised scores of one reward model; text is decoded and encoded anew where its tokenizer differs from the policy's."""
+
+    def __init__(self, reward_model, encoder: Encoder):
+        self.model, self.encoder = reward_model.eval(), encoder
+        self.gain = getattr(reward_model.config, "reward_gain", 1.0)
+        self.bias = getattr(reward_model.config, "reward_bias", 0.0)
+
+    def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
+        same = policy_encoder.fingerprint() == self.encoder.fingerprint()
+        rows = [self.encoder.prompt_ids(p) + (c if same else self.encoder.completion_ids(policy_encoder.decode(c)))
+                for p, c in zip(prompts, completions, strict=True)]
+        return self.gain * raw_scores(self.model, rows, self.encoder.pad_id) + self.bias
+
+
+class EnsembleScorer:
+    """Several reward models as one (Coste): their mean, the worst, or the mean less a price on their variance."""
+
+    def __init__(self, members: list[Scorer], rule: str, uncertainty_coef: float):
+        self.members, self.rule, self.uncertainty_coef = members, rule, uncertainty_coef
+
+    def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
+        return combine(torch.stack([m(prompts, completions, policy_encoder) for m in self.members]), self.rule, self.uncertainty_coef)
+
+
+def combine(scores_MB: torch.Tensor, rule: str, uncertainty_coef: float) -> torch.Tensor:
+    """[B] from M members' scores: `mean`, `worst`, or `uncertainty` = mean - coefficient · variance (Coste eq. 2, 3; biased variance)."""
+    if rule == "worst":
+        return scores_MB.min(0).values
+    mean_B = scores_MB.mean(0)
+    return mean_B - uncertainty_coef * scores_MB.var(0, unbiased=False) if rule == "uncertainty" else mean_B
+
+
+class CallableScorer:
+    """Scores by a Python function f(prompts, completions) -> list of float; prompts are the last user turns, both as text."""
+
+    def __init__(self, name: str):
+        module, colon, function = name.partition(":")
+        if not colon:
+            raise InputError(f"ppo.score={name!r}: found no ':', wanted module:function")
+        sys.path.insert(0, str(Path.cwd()))  # a module beside the user's config, as `python -m` would find it
+        try:
+            self.function = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"ppo.score={name!r}: {error}; wanted a function importable from the working directory") from None
+        self.name = name
+
+    def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
+        texts = [policy_encoder.decode(c) for c in completions]
+        scores = self.function([p[-1]["content"] for p in prompts], texts)
+        if len(scores) != len(texts):
+            raise InputError(f"ppo.score={self.name!r} returned {len(scores)} scores for {len(texts)} completions; wanted one each")
+        return torch.tensor([float(s) for s in scores])
+
+
+def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attention: str, device) -> Scorer:
+    """The reward model at a folder, or an ensemble of several."""
+    scorers = []
+    for folder in folders:
+        encoder = load_encoder(str(folder))
+        scorers.append(RewardModelScorer(load_reward_model(str(folder), encoder, attention).to(device), encoder))
+    return scorers[0] if len(scorers) == 1 else EnsembleScorer(scorers, rule, uncertainty_coef)
+
+
+def with_missing_eos(scores_B: torch.Tensor, ended: list[bool], missing_eos_score: float) -> torch.Tensor:
+    """Completions that did not end get the fixed penalty score instead of theirs (CANON S2)."""
+    return torch.where(torch.tensor(ended), scores_B, missing_eos_score)

@@ -1,0 +1,287 @@
+"""TRL's SFTTrainer and RewardTrainer, fed ids made by our encoder; the one file that imports trl.
+
+What is ours in them: the loss (a sum divided once over the optimizer step and all processes), the order of the rows (a function of seed and
+lengths alone, so that microbatches, processes and resumes change nothing but rounding), whole checkpoints, and where figures go.
+"""
+
+import functools
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from rlhf.compute import sum_over_processes
+from rlhf.config import Run
+from rlhf.encoding import Encoder
+from rlhf.errors import InputError, TrainingStopped
+from rlhf.losses import ranking_loss
+from rlhf.masking import length_mask
+from rlhf.passes import Rows, make_rows, policy_pass
+from rlhf.progress import Progress
+from rlhf.rankings import collate_rankings, pair_figures
+from rlhf.runs import Stage
+
+WARMUP = 0.03  # share of the steps in which the learning rate rises
+SORTED_STEPS = 16  # steps whose rows are sorted by length together: 6 % of the quickstart's tokens are padding (1 step: 47 %, 50 steps: 2 %)
+WHOLE = "trainer_state.json"  # the file that transformers writes last
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast one of the trainers trains; `section` names its settings in messages."""
+
+    section: str
+    steps: int
+    batch_size: int  # rows in an optimizer step, all processes together
+    microbatch: int  # rows in memory at once, per process
+    lr: float
+    schedule: str  # cosine or linear, to 0
+    seed: int
+    precision: str  # bf16 or no
+
+
+def count_steps(rows: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps of `epochs` passes over `rows`: to the nearest, at least one."""
+    return max(1, round(epochs * rows / batch_size))
+
+
+def length_grouped_order(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[int]:
+    """Row indices of all steps one after the other: a new permutation for every pass, rows of like length brought together within a few steps.
+
+    Inside a step rows go from short to long, so that microbatches have little padding too; the steps themselves are shuffled.
+    """
+    generator, order = torch.Generator().manual_seed(seed), []
+    while len(order) < steps * batch_size:
+        order += torch.randperm(len(lengths), generator=generator).tolist()
+    grouped = []
+    for start in range(0, steps * batch_size, SORTED_STEPS * batch_size):
+        window = sorted(order[start : min(start + SORTED_STEPS * batch_size, steps * batch_size)], key=lambda i: lengths[i])
+        for b in torch.randperm(len(window) // batch_size, generator=generator).tolist():
+            grouped += window[b * batch_size : (b + 1) * batch_size]
+    return grouped
+
+
+def quiet_libraries() -> None:
+    """No bars for loading and writing, and no report of weights that are new or left over because a causal LM became a reward model."""
+    transformers_logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    if not any(isinstance(f, _ExpectedReport) for f in logger.filters):
+        logger.addFilter(_ExpectedReport())
+
+
+class _ExpectedReport(logging.Filter):
+    """Drops load reports in which nothing but heads is missing or left over."""
+
+    LINE = re.compile(r"^(\S+)\s*\|\W*(?:\x1b\[\d+m)?(MISSING|UNEXPECTED|MISMATCH|CONVERSION)", re.MULTILINE)
+    HEADS = ("score.", "classifier.", "lm_head.", "cls.", "pooler.", "bert.pooler.")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        lines = self.LINE.findall(record.getMessage())
+        expected = all(key.startswith(self.HEADS) and status in ("MISSING", "UNEXPECTED") for key, status in lines)
+        return "LOAD REPORT" not in record.getMessage() or not lines or not expected
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The latest whole checkpoint of a trainer and its step; (None, 0) when there is none."""
+    whole = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*") if (path / WHOLE).is_file())
+    return (whole[-1][1], whole[-1][0]) if whole else (None, 0)
+
+
+def _arguments(kind, recipe: Recipe, run: Run, folder: Path, **more):
+    """TRL's arguments for a recipe. Raises InputError when the batch cannot be shared out."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    share, left = divmod(recipe.batch_size, processes)
+    microbatch = min(recipe.microbatch, share)
+    if left or share % microbatch:
+        raise InputError(f"{recipe.section}.batch_size={recipe.batch_size} is not a multiple of {recipe.section}.microbatch={microbatch} x {processes} "
+                         f"process{'es' * (processes > 1)}; change one of them")
+    arguments = kind(
+        output_dir=str(folder), seed=recipe.seed, max_steps=recipe.steps, per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=share // microbatch, learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule,
+        warmup_steps=int(WARMUP * recipe.steps), optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, bf16=recipe.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, train_sampling_strategy="sequential", remove_unused_columns=False,
+        dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(), save_strategy="steps", save_steps=run.save_every,
+        logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, max_length=None, **more)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: more of them are accelerate's business
+    return arguments
+
+
+class _StageTrainer:
+    """What both trainers do our way: order, figures, checkpoints. Subclasses say how rows become a batch and what its loss is."""
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole optimizer step
+
+    def follow(self, stage: Stage, keep: int, label: str, offset: int = 0, **figures) -> None:
+        """Logs into `stage` with `offset` added to the step and `figures` added to each line; keeps `keep` checkpoints."""
+        self.stage, self.keep, self.label, self.offset, self.fixed_figures = stage, keep, label, offset, figures
+        self.sums: dict[str, torch.Tensor | int] = {}
+        self.remove_callback(PrinterCallback)
+
+    def run(self) -> None:
+        """Trains to the end, from the last whole checkpoint where there is one. Raises TrainingStopped."""
+        checkpoint, first = last_checkpoint(Path(self.args.output_dir))
+        self.stage.forget_after(self.offset + first)
+        if self.stage.main:
+            shutil.rmtree(self._get_output_dir(), ignore_errors=True)
+        self.clock = time.perf_counter()
+        with Progress(self.label, self.args.max_steps, first) as self.bar:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def add_up(self, **sums) -> None:
+        """Adds to the sums of this step and process, from which `figures` is made when the step ends."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """Figures of a step from the sums over its microbatches and all processes."""
+        return {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """In place of the trainers' own: a line of metrics.jsonl for every step, and the end of a run whose loss is no number."""
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        if "loss" not in logs:
+            return  # the closing summary
+        totals = sum_over_processes(self.accelerator, torch.stack([torch.as_tensor(v, device=self.args.device).double() for v in self.sums.values()]))
+        sums, self.sums = dict(zip(self.sums, totals.tolist(), strict=True)), {}
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        loss, grad_norm, step = logs["loss"], logs["grad_norm"], self.state.global_step
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingStopped(f"{self.label}: step {step} has loss {loss} and gradient norm {grad_norm}; nothing of it was saved, the last good "
+                                  f"weights are in {self.args.output_dir}. Lower {self.label}.lr, now {self.args.learning_rate}, or look at the data")
+        figures = {"loss": loss, **self.figures(sums)}
+        self.stage.log(self.offset + step, **figures, **self.fixed_figures, lr=logs["learning_rate"], grad_norm=grad_norm, seconds=seconds,
+                       tokens_per_second=sums["tokens"] / seconds)
+        self.bar.update(step, **figures, tokens_per_second=int(sums["tokens"] / seconds))
+
+    def _count_items(self, counts: torch.Tensor) -> torch.Tensor:
+        return sum_over_processes(self.accelerator, counts.to(self.args.device))
+
+    def _get_output_dir(self, trial=None) -> str:
+        return str(Path(self.args.output_dir) / "partial")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Written beside; renamed, and older ones removed, when every process has written its part."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.stage.main:
+            folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(folder / "partial" / name, folder / name)
+            older = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+            for path in older[: -self.keep]:
+                shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None: the run folder explains itself."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves this machine."""
+
+
+def _ordered(lengths: list[int], recipe: Recipe) -> Dataset:
+    """The whole run's order as the dataset that TRL wants; the collator looks the rows up."""
+    return Dataset.from_dict({"row": length_grouped_order(lengths, recipe.batch_size, recipe.steps, recipe.seed)})
+
+
+class DemonstrationTrainer(_StageTrainer, SFTTrainer):
+    """SFT on (prompt ids, completion ids): mean loss over the completions' tokens, plus a weight times that over the prompts' (CANON B5)."""
+
+    def __init__(self, policy, demonstrations: list[tuple[list[int], list[int]]], encoder: Encoder, recipe: Recipe, run: Run, folder: Path,
+                 lm_loss_weight: float = 0.0):
+        self.lm_loss_weight = lm_loss_weight
+        super().__init__(
+            policy, args=_arguments(SFTConfig, recipe, run, folder, dataset_kwargs={"skip_prepare_dataset": True}),
+            train_dataset=_ordered([len(p) + len(c) for p, c in demonstrations], recipe), processing_class=encoder.tokenizer,
+            data_collator=_looked_up(demonstrations, functools.partial(_collate_demonstrations, pad_id=encoder.pad_id, with_prompts=lm_loss_weight > 0)))
+        _answer_rows(policy)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum over this microbatch's tokens of -log p over the count of the whole step. The gradients' mean over processes is undone."""
+        batch = dict(inputs)
+        self.add_up(tokens=batch.pop("tokens"))
+        in_prompt_BC, rows = batch.pop("in_prompt_BC"), Rows(**batch)
+        logprobs_BC = model(rows=rows)
+        completion_tokens, prompt_tokens = num_items_in_batch
+        loss = -torch.where(in_prompt_BC, 0.0, logprobs_BC).sum() / completion_tokens
+        if self.lm_loss_weight:
+            loss = loss - self.lm_loss_weight * torch.where(in_prompt_BC, logprobs_BC, 0.0).sum() / prompt_tokens.clamp(min=1)
+        return loss * self.accelerator.num_processes
+
+    def _get_num_items_in_batch(self, batches, device):
+        """[2]: completion tokens and prompt tokens of the optimizer step, all processes together."""
+        prompts = sum(b["in_prompt_BC"].sum() for b in batches)
+        return self._count_items(torch.stack([sum(b["mask_BC"].sum() for b in batches) - prompts, prompts]))
+
+
+class RankingTrainer(_StageTrainer, RewardTrainer):
+    """The reward model on rankings of K answers: each answer through the model once, a prompt's pairs as one element (CANON R3, R4)."""
+
+    def __init__(self, reward_model, rankings: list[dict], encoder: Encoder, recipe: Recipe, run: Run, folder: Path, ties: str = "drop"):
+        self.ties = ties
+        lengths = [len(r["prompt"]) + max(map(len, r["completions"])) for r in rankings]
+        super().__init__(
+            reward_model, args=_arguments(RewardConfig, recipe, run, folder), train_dataset=_ordered(lengths, recipe), processing_class=encoder.tokenizer,
+            data_collator=_looked_up(rankings, functools.partial(collate_rankings, pad_id=encoder.pad_id)))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum over this microbatch's prompts of their mean pair loss over the prompts of the whole step."""
+        rewards_N = model(input_ids=inputs["ids_NT"], attention_mask=inputs["mask_NT"].long()).logits[:, 0].float()
+        rewards_BK, ranks_BK = rewards_N[inputs["places_BK"]], inputs["ranks_BK"]
+        loss, _ = ranking_loss(rewards_BK, ranks_BK, inputs["margin_B"], self.ties)
+        right, pairs, gap = pair_figures(rewards_BK.detach(), ranks_BK)
+        self.add_up(tokens=inputs["tokens"], right=right, pairs=pairs, gap=gap)
+        return loss / num_items_in_batch * self.accelerator.num_processes
+
+    def figures(self, sums):
+        pairs = max(sums["pairs"], 1.0)
+        return {"accuracy": sums["right"] / pairs, "reward_gap": sums["gap"] / pairs}
+
+    def _get_num_items_in_batch(self, batches, device):
+        """Prompts of the optimizer step, all processes together; each has a pair."""
+        return self._count_items(torch.tensor(sum(len(b["ranks_BK"]) for b in batches)))
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset  # TRL would look for chosen and rejected texts
+
+
+def _looked_up(rows: list, collate: Callable[[list], dict]) -> Callable[[list[dict]], dict]:
+    return lambda picked: collate([rows[p["row"]] for p in picked])
+
+
+def _collate_demonstrations(rows: list[tuple[list[int], list[int]]], pad_id: int, with_prompts: bool) -> dict:
+    """The fields of `Rows`, and in_prompt_BC: True where a predicted token is the prompt's (nowhere unless `with_prompts`)."""
+    prompts, completions = [p for p, _ in rows], [c for _, c in rows]
+    if with_prompts:  # everything after the first token is predicted
+        batch = vars(make_rows([p[:1] for p in prompts], [p[1:] + c for p, c in rows], pad_id, "cpu"))
+        in_prompt_BC = length_mask([len(p) - 1 for p in prompts], batch["mask_BC"].shape[1])
+    else:
+        batch = vars(make_rows(prompts, completions, pad_id, "cpu"))
+        in_prompt_BC = torch.zeros_like(batch["mask_BC"])
+    return {**batch, "in_prompt_BC": in_prompt_BC, "tokens": sum(len(p) + len(c) for p, c in rows)}
+
+
+def _answer_rows(policy) -> None:
+    """Teaches `policy(rows=Rows)` to return our logprobs_BC, inside whatever wraps the model (autocast, DDP, FSDP).
+
+    TRL's fused head runs the output layer on prompts and padding too where there is no Triton: 1.7 times the time of a step on CPUs.
+    """
+    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    plain = inner.forward
+
+    @functools.wraps(plain)
+    def forward(*args, rows: Rows | None = None, **kwargs):
+        return plain(*args, **kwargs) if rows is None else policy_pass(inner, rows, 1.0)[0]
+
+    inner.forward = forward

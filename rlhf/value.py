@@ -1,0 +1,55 @@
+"""The value model of stage 3 and the optimizer of both networks (CANON P5, P6)."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rlhf.encoding import Encoder
+from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model
+from rlhf.optimizers import new_optimizer
+from rlhf.passes import PolicyAndValue, ValueModel
+
+
+def new_value_model(kind: str, policy, encoder: Encoder, reward_folders: list[Path], sft: Path, attention: str, model_settings) -> ValueModel:
+    """A ValueModel. `separate`: started from the (first) reward model, its head scaled to normalised scores (IG, N+ 22); from the SFT trunk
+    with a head at zero where the reward model reads other tokens or is none. `shared`: a head at zero on the policy's trunk (LHP)."""
+    width = policy.config.get_text_config().hidden_size
+    if kind == "shared":
+        return ValueModel(None, _zero_head(width))
+    lora = (model_settings.lora_rank, model_settings.lora_alpha)
+    if reward_folders and load_encoder(str(reward_folders[0])).fingerprint() == encoder.fingerprint():
+        reward_model = load_reward_model(str(reward_folders[0]), encoder, attention)
+        if hasattr(reward_model, "score"):
+            head = _scaled_head(reward_model)
+            return ValueModel(_trunk(add_lora(reward_model, *lora, "SEQ_CLS")), head)
+    return ValueModel(_trunk(add_lora(load_policy(str(sft), encoder, attention), *lora, "CAUSAL_LM")), _zero_head(width))
+
+
+def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float) -> torch.optim.AdamW:
+    """AdamW (eps 1e-5, CANON P5) with a learning rate for each network; `set_lr` scales both."""
+    optimizer = new_optimizer(model.policy, lr, eps=1e-5, betas=(0.9, 0.999))
+    policy_lr = [{**g, "lr_scale": lr} for g in optimizer.param_groups]
+    trunk = [{**g, "lr_scale": value_lr} for g in new_optimizer(model.value_model, value_lr, eps=1e-5, betas=(0.9, 0.999)).param_groups]
+    return torch.optim.AdamW(policy_lr + trunk, lr=lr, eps=1e-5, fused=True)
+
+
+def _trunk(model) -> nn.Module:
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+
+
+def _zero_head(width: int) -> nn.Linear:
+    head = nn.Linear(width, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _scaled_head(reward_model) -> nn.Linear:
+    """The reward model's head with normalisation folded in: it starts out predicting the scores that PPO gets."""
+    gain, bias = getattr(reward_model.config, "reward_gain", 1.0), getattr(reward_model.config, "reward_bias", 0.0)
+    head = nn.Linear(reward_model.score.in_features, 1)
+    with torch.no_grad():
+        head.weight.copy_(reward_model.score.weight * gain)
+        head.bias.fill_(bias + (0.0 if reward_model.score.bias is None else gain * reward_model.score.bias.item()))
+    return head

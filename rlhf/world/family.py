@@ -1,0 +1,213 @@
+"""What every family of requests shares: phrasings with slots, reading a prompt back, right answers, and the rule for a right one."""
+
+import hashlib
+import json
+import random
+import re
+from functools import cache, cached_property
+
+from rlhf.paths import shipped
+
+Args = dict[str, str]
+"""One request without its phrasing: the values of the slots, and what a right answer needs (``answer`` and the like)."""
+
+HELD_OUT_ARGUMENTS = 7  # percent of the arguments that no training prompt asks about
+MANY_VALUES = 100  # a slot with more values than this is read by a general pattern and then looked up
+
+
+@cache
+def table(name: str) -> dict:
+    """The shipped table ``data/world/NAME.json``, read once."""
+    return json.loads(shipped(f"data/world/{name}.json").read_text(encoding="utf-8"))
+
+
+def bucket(text: str) -> int:
+    """A stable hash of the text, in 0..99."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) % 100
+
+
+def sentence(text: str) -> str:
+    """The text with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def split_words(text: str) -> list[str]:
+    """The words in lower case, without punctuation."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
+
+
+def joined(items: list[str]) -> str:
+    """'a, b and c'."""
+    return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else items[0]
+
+
+def with_article(noun: str) -> str:
+    """'an apple', 'a dog'."""
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def contains(words: list[str], phrase: str) -> bool:
+    """True if the words of the phrase stand next to each other in ``words``."""
+    return f" {' '.join(split_words(phrase))} " in f" {' '.join(words)} "
+
+
+class Answer:
+    """A completion as the rubric reads it: its text, its words in lower case, its sentences."""
+
+    def __init__(self, text: str):
+        self.text = text.strip()
+        self.words = split_words(text)
+        self.sentences = [part for part in re.split(r"(?<=[.!?])\s+", self.text) if part]
+
+    def once(self) -> "Answer":
+        """The same answer with every repeated sentence left out, so that saying it twice is not also graded as saying it wrong."""
+        return Answer(" ".join({part.lower(): part for part in self.sentences}.values()))
+
+    def says(self, phrases: list[str]) -> bool:
+        """True if any of the phrases occurs."""
+        return any(contains(self.words, phrase) for phrase in phrases)
+
+
+class Family:
+    """A family of requests; a subclass gives its arguments and, where the general rule is not enough, its own grading and flaws.
+
+    ``asks`` names the slots that every phrasing of the family has; ``flaws`` the ways its answers go wrong (see ``writers``);
+    ``text_weight`` its share of the pretraining text, relative to the others.
+    """
+
+    name = ""
+    asks: tuple[str, ...] = ()
+    flaws: tuple[str, ...] = ("wrong", "rambling", "repeats", "curt", "rude")
+    text_weight = 1.0
+
+    # what can be asked
+
+    def build_arguments(self) -> list[Args]:
+        """All the arguments of the family."""
+        raise NotImplementedError
+
+    @cached_property
+    def arguments(self) -> list[Args]:
+        """All the arguments of the family, made once."""
+        return self.build_arguments()
+
+    def draw(self, rng: random.Random) -> Args:
+        """One argument at random."""
+        return rng.choice(self.arguments)
+
+    def count(self) -> int:
+        """Number of distinct prompts: arguments times phrasings."""
+        return len(self.arguments) * len(self.phrasings)
+
+    def key(self, args: Args) -> str:
+        """What makes an argument new: by default all its slots."""
+        return "|".join(args[slot] for slot in self.asks)
+
+    def is_held_out(self, args: Args) -> bool:
+        """True for arguments that only test prompts ask about (the pretraining text may state them, never ask)."""
+        return bucket(f"{self.name}|{self.key(args)}") < HELD_OUT_ARGUMENTS
+
+    # phrasings, and back
+
+    @property
+    def seen(self) -> list[str]:
+        """Phrasings that training prompts use."""
+        return table("phrasings")[self.name]["seen"]
+
+    @property
+    def held_out(self) -> list[str]:
+        """Phrasings that only test prompts use."""
+        return table("phrasings")[self.name]["held_out"]
+
+    @property
+    def phrasings(self) -> list[str]:
+        """All phrasings, the seen ones first."""
+        return self.seen + self.held_out
+
+    def phrase(self, phrasing: str, args: Args) -> str:
+        """The prompt that asks for ``args`` in this phrasing."""
+        return sentence(phrasing.format(**args))
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, ...], Args]:
+        return {tuple(args[slot].lower() for slot in self.asks): args for args in self.arguments}
+
+    def slot_values(self, slot: str) -> set[str]:
+        """The values that a slot can have."""
+        return {args[slot] for args in self.arguments}
+
+    def look_up(self, slots: dict[str, str]) -> Args | None:
+        """The arguments that belong to the slots' values as read from a prompt, or None if there are none."""
+        return self._index.get(tuple(slots[slot].lower() for slot in self.asks))
+
+    @cached_property
+    def _patterns(self) -> list[tuple[str, re.Pattern]]:
+        slots = {}
+        for slot in self.asks:
+            values = self.slot_values(slot)
+            choice = "|".join(sorted(map(re.escape, values), key=len, reverse=True))
+            slots[slot] = f"(?P<{slot}>{choice if len(values) <= MANY_VALUES else '.+?'})"
+        return [(phrasing, re.compile(_pattern(phrasing, slots), re.IGNORECASE)) for phrasing in self.phrasings]
+
+    def parse(self, prompt: str) -> tuple[str, Args] | None:
+        """The phrasing and the arguments of a prompt of this family, or None for any other text."""
+        for phrasing, pattern in self._patterns:
+            match = pattern.fullmatch(prompt.strip())
+            args = self.look_up(match.groupdict()) if match else None
+            if args is not None:
+                return phrasing, args
+        return None
+
+    # right answers
+
+    def wordings(self, args: Args) -> list[str]:
+        """The right answers, one in each good wording."""
+        return [sentence(form.format(**args)) for form in table("phrasings")[self.name]["answers"]]
+
+    def good(self, args: Args, rng: random.Random) -> str:
+        """A right answer in a wording chosen at random."""
+        return rng.choice(self.wordings(args))
+
+    def statements(self, args: Args) -> list[str]:
+        """Sentences that state the same knowledge outside a conversation."""
+        forms = table("phrasings")[self.name]["statements"]
+        return [sentence(form.format(**args)) for form in forms] + self.wordings(args)[:2]
+
+    # wrong answers
+
+    def candidates(self, args: Args) -> list[str]:
+        """The words that could be taken for an answer."""
+        raise NotImplementedError
+
+    def given(self, args: Args) -> list[str]:
+        """The words of the question, which an answer may repeat."""
+        return split_words(" ".join(args[slot] for slot in self.asks))
+
+    def wrong(self, args: Args, rng: random.Random) -> str:
+        """A well-formed answer that names something else."""
+        others = [word for word in self.candidates(args) if word.lower() not in {args["answer"].lower(), *self.given(args)}]
+        return self.good({**args, "answer": rng.choice(others)}, rng)
+
+    def curt(self, args: Args, rng: random.Random) -> str:
+        """The bare answer, which is no full sentence."""
+        return sentence(args["answer"]) + "."
+
+    # grading
+
+    def grade(self, args: Args, answer: Answer) -> dict[str, float]:
+        """The family's own parts of the rubric, each in [0, 1]; by default: the answer is named, and no other candidate is.
+
+        ``complete`` is 0 if no candidate is named at all: then the question was not answered.
+        """
+        candidates = {word.lower() for word in self.candidates(args)}
+        given, right = set(self.given(args)), args["answer"].lower()
+        named = [word for word in answer.words if word in candidates]
+        new = {word for word in named if word not in given}
+        correct = new == {right} if right not in given else not new and named[-1:] == [right]
+        return {"correct": float(correct), "complete": float(correct or bool(new))}
+
+
+def _pattern(phrasing: str, slots: dict[str, str]) -> str:
+    """The regular expression of a phrasing whose slots have these patterns."""
+    parts = re.split(r"\{(\w+)\}", phrasing)
+    return "".join(slots[part] if number % 2 else re.escape(part) for number, part in enumerate(parts))

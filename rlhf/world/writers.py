@@ -1,0 +1,106 @@
+"""Writers of mixed skill: demonstrations, flawed in the usual ways about half of the time, and the world's plain text, mostly right."""
+
+import random
+from collections.abc import Callable
+
+from rlhf.world.family import Family, joined, sentence, table
+from rlhf.world.lookups import kinds
+from rlhf.world.prompts import FAMILIES, Request, draw, parse
+
+WRONG_SHARE = 0.2  # of the flaws: the worst one of the family (wrong, fabricates, complies)
+CONVERSATION_SHARE = 0.5  # of the plain text: a question with its answer
+SMALL_TALK_SHARE = 0.04
+CONVERSATIONS = ("Question: {prompt} Answer: {answer}", "Q: {prompt} A: {answer}", "Somebody asked: {prompt} The reply was: {answer}")
+
+
+def write_demonstration(prompt: str, rng: random.Random, flaw_rate: float = 0.5) -> str:
+    """An answer by a writer of mixed skill: right with probability 1 - flaw_rate, else with one flaw that an informed reader can see.
+
+    Raises ValueError for a prompt that is not of this world.
+    """
+    request = parse(prompt)
+    if request is None:
+        raise ValueError(f"not a prompt of the embedded world: {prompt!r}")
+    return _answer(request, rng, flaw_rate)
+
+
+def _answer(request: Request, rng: random.Random, flaw_rate: float) -> str:
+    """A right answer, or with probability ``flaw_rate`` a flawed one."""
+    if rng.random() >= flaw_rate:
+        return request.family.good(request.args, rng)
+    return write_flawed(request, pick_flaw(request.family, rng), rng)
+
+
+def pick_flaw(family: Family, rng: random.Random) -> str:
+    """One of the family's flaws: the first (its worst) with ``WRONG_SHARE``, the others equally often."""
+    return family.flaws[0] if rng.random() < WRONG_SHARE else rng.choice(family.flaws[1:])
+
+
+def write_flawed(request: Request, flaw: str, rng: random.Random) -> str:
+    """An answer with this flaw: a general one (``GENERAL_FLAWS``) or the family's method of that name."""
+    if flaw in GENERAL_FLAWS:
+        return GENERAL_FLAWS[flaw](request.family.good(request.args, rng), rng)
+    return getattr(request.family, flaw)(request.args, rng)
+
+
+def rambling(answer: str, rng: random.Random) -> str:
+    """Pads the answer with one or two sentences that say nothing, behind it or around it."""
+    fillers = rng.sample(table("manners")["fillers"], rng.choice((1, 2)))
+    place = rng.choice((0, 1)) if len(fillers) == 2 else 1
+    return " ".join([answer, *fillers] if place else [fillers[0], answer, fillers[1]])
+
+
+def repeats(answer: str, rng: random.Random) -> str:
+    """Says it twice."""
+    return f"{answer} {answer}"
+
+
+def rude(answer: str, rng: random.Random) -> str:
+    """Ends the first sentence with an insult."""
+    end = min(place for place in (answer.find(mark) for mark in ".?!") if place >= 0)
+    return answer[:end] + rng.choice(table("manners")["rude_tails"]) + answer[end:]
+
+
+GENERAL_FLAWS: dict[str, Callable[[str, random.Random], str]] = {"rambling": rambling, "repeats": repeats, "rude": rude}
+
+
+def write_text(n_documents: int, seed: int, flaw_rate: float = 0.05) -> list[str]:
+    """Plain text as found in this world, one document of one to four short sentences an entry.
+
+    Questions with answers (training prompts only, so no held-out phrasing and no held-out argument is ever asked), statements of what
+    can be known (held-out arguments too: the test asks whether the model can use what it has read), and small talk.
+    """
+    rng = random.Random(f"{seed}|text")
+    families = list(FAMILIES.values())
+    drawn = rng.choices(families, weights=[family.text_weight for family in families], k=n_documents)
+    return [_document(family, rng, flaw_rate) for family in drawn]
+
+
+def _document(family: Family, rng: random.Random, flaw_rate: float) -> str:
+    """One document: a conversation, statements, or small talk."""
+    share = rng.random()
+    if share < SMALL_TALK_SHARE:
+        return _small_talk(rng)
+    if share < SMALL_TALK_SHARE + CONVERSATION_SHARE:
+        return _conversation(family, rng, flaw_rate)
+    return " ".join(rng.choice(family.statements(family.draw(rng))) for _ in range(rng.choice((1, 2, 2, 3))))
+
+
+def _conversation(family: Family, rng: random.Random, flaw_rate: float) -> str:
+    """A question of the training split with its answer."""
+    drawn = None
+    while drawn is None:
+        drawn = draw(family, "train", rng)
+    prompt, request = drawn
+    answer = _answer(request, rng, flaw_rate)
+    return rng.choice(CONVERSATIONS).format(prompt=prompt, answer=answer)
+
+
+def _small_talk(rng: random.Random) -> str:
+    """One or two sentences about nothing in particular; every name of the world occurs in them."""
+    lines = []
+    for form in rng.sample(table("manners")["small_talk"], rng.choice((1, 2))):
+        name, name2 = rng.sample(table("manners")["names"], 2)
+        some = joined(rng.sample([kind["many"] for kind in kinds().values()], 2))
+        lines.append(sentence(form.format(name=name, name2=name2, kinds=some)))
+    return " ".join(lines)

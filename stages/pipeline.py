@@ -1,0 +1,43 @@
+"""All stages in order; a finished stage is not run again, so the same command goes on where it stopped.
+
+    python -m stages.pipeline --config configs/quickstart.yaml
+
+Reads what `prepare` reads; leaves the whole run folder and says at the end what was found and where the report is. With
+pipeline.rounds > 1 (iterated RLHF, as InstructGPT did): each round but the last runs a short PPO in RUN/round_N, and the next `collect`
+ranks answers of that policy too; the last reward model learns from all rankings, and the last PPO starts again from SFT.
+"""
+
+import sys
+import time
+
+from rlhf.cli import run_stage
+from rlhf.config import Config
+from rlhf.progress import say
+from rlhf.runs import replace_section
+from stages import collect, compare, ppo, prepare, pretrain, reward, sft
+
+
+def main(config: Config) -> None:
+    began = time.perf_counter()
+    rounds = config.pipeline.rounds
+    for stage in (prepare, pretrain, sft):
+        _timed(stage.__name__, lambda stage=stage: stage.main(config))
+    for number in range(1, rounds):
+        within = f"round_{number}"
+        early = replace_section(config, "ppo", rollouts=config.pipeline.early_rollouts)
+        _timed(f"round {number} collect", lambda: collect.main(config, number))
+        _timed(f"round {number} reward", lambda: reward.main(config, within))
+        _timed(f"round {number} ppo", lambda: ppo.main(early, within))
+    for stage in (collect, reward, ppo, compare):
+        _timed(stage.__name__, lambda stage=stage: stage.main(config))
+    say(f"pipeline: {time.perf_counter() - began:.0f} s in all")
+
+
+def _timed(name: str, action) -> None:
+    began = time.perf_counter()
+    action()
+    say(f"pipeline: {name.removeprefix('stages.')} took {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main, __doc__))

@@ -1,0 +1,367 @@
+"""The report: right figures, nothing from outside, nothing run, the same bytes each time, and nothing empty where a stage is missing."""
+
+import base64
+import copy
+import hashlib
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from rlhf.charts import running_mean
+from rlhf.comparison import headline, summarise
+from rlhf.report import pick_samples, write_report
+
+POLICIES = ["pretrained", "sft", "best_of_4", "ppo"]
+FAMILIES = ["arithmetic", "comparing", "facts", "harmful requests", "invented things", "letters", "lists", "next in a sequence", "notes",
+            "odd one out", "opposites", "plurals", "sorting", "tone"]  # fmt: skip
+SKILL = {"pretrained": 0.25, "sft": 0.55, "best_of_4": 0.75, "ppo": 0.83}
+LEVELS = [0.0, 0.25, 0.5, 0.6, 0.8, 1.0]
+WORDS = ["apple", "pear", "plum", "seven", "is", "the", "a", "red", "green", "here", "they", "are", "and", "of", "course", "sure"]
+ATTACK = "</div></script><script>document.title='run'</script><img src=x onerror=alert(1)>"
+VOID = {"meta", "input", "br", "img", "link", "hr", "source"}
+
+
+def make_samples(n=500, families=True, gold=True, seed=1):
+    """``n`` rows as in samples.jsonl, with answers that grow better from the pretrained model to PPO."""
+    rng = random.Random(seed)
+    return [make_row(rng, i, families, gold) for i in range(n)]
+
+
+def make_row(rng, i, families, gold):
+    family = FAMILIES[i % len(FAMILIES)]
+    question = f"Please give me a list of {rng.randint(2, 5)} things for my {family} lesson, number {i}."
+    answers = {policy: make_answer(rng, policy, gold) for policy in POLICIES}
+    return {"prompt": [{"role": "user", "content": question}], "family": family if families else None, "id": f"{i:04d}", "answers": answers}
+
+
+def make_answer(rng, policy, gold):
+    score = LEVELS[min(5, max(0, round(rng.gauss(6 * SKILL[policy] - 0.8, 1.6))))]
+    words = [rng.choice(WORDS) for _ in range(rng.randint(4, 18))]
+    proxy = 2.2 * (score - 0.55) + rng.gauss(0, 0.5)
+    return {
+        "text": " ".join(words).capitalize() + ".",
+        "gold": score if gold else None,
+        "proxy": proxy,
+        "judge": score if gold else round(proxy + rng.gauss(0, 0.3), 3),
+        "kl": {"sft": 0.0, "ppo": abs(rng.gauss(2.4, 0.8)), "pretrained": abs(rng.gauss(14, 3))}.get(policy),
+        "length": int(1.4 * len(words)),
+        "ended": rng.random() < 0.995,
+    }
+
+
+def make_curves(seed=1):
+    """Metrics of the four stages as their metrics.jsonl would hold them."""
+    rng = random.Random(seed)
+    pretrain = [{"step": 5 * i, "loss": 1.1 + 6 * math.exp(-i / 20) + rng.gauss(0, 0.05)} for i in range(160)]
+    for row in pretrain[20::20]:
+        row["eval_loss"] = row["loss"] + 0.05
+    sft = [{"step": 2 * i, "loss": 0.9 + 1.5 * math.exp(-i / 12) + rng.gauss(0, 0.03), "learning_rate": 1e-4} for i in range(90)]
+    sft[40]["eval_loss"], sft[89]["eval_loss"] = 1.05, 0.98
+    accuracy = [0.87 - 0.35 * math.exp(-i / 40) + rng.gauss(0, 0.03) for i in range(200)]
+    reward = [{"step": i, "loss": 1.15 - accuracy[i] + rng.gauss(0, 0.03), "accuracy": min(1.0, accuracy[i])} for i in range(200)]
+    for row in reward[25::25]:
+        row["eval_accuracy"] = row["accuracy"] - 0.02
+    return {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": [make_ppo_row(rng, i) for i in range(80)]}
+
+
+def make_ppo_row(rng, i):
+    kl = 4.5 * (1 - math.exp(-i / 30)) + (abs(rng.gauss(0, 0.08)) if i else 0)
+    row = {
+        "step": i,
+        "score_mean": 1.5 * (1 - math.exp(-i / 18)) + rng.gauss(0, 0.05),
+        "gold_mean": 0.56 + 0.3 * math.sin(min(i, 75) / 33) + rng.gauss(0, 0.012),
+    }
+    row |= {"kl": kl, "entropy": 0.9 * math.exp(-i / 60), "length_mean": 15 + rng.gauss(0, 0.4), "eos_rate": 1 - abs(rng.gauss(0, 0.003))}
+    row |= {"policy_loss": rng.gauss(-0.01, 0.004), "value_loss": 0.2 * math.exp(-i / 15) + 0.05 + rng.gauss(0, 0.01), "ok": True}
+    return row
+
+
+def make_report(folder, samples=None, curves=(), policies=None, **settings):
+    samples = make_samples(60) if samples is None else samples
+    summary = summarise(samples, settings.pop("judge", "gold"), policies or POLICIES, **settings)
+    summary["run"] = {
+        "config": "configs/quickstart.yaml",
+        "seed": 1,
+        "temperature": 0.7,
+        "commit": "3f2c9a1",
+        "versions": {"torch": "2.13.0", "trl": "1.16.0"},
+    }
+    write_report(folder, summary, samples, dict(curves), "quickstart, seed 1")
+    return (folder / "report.html").read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8"), summary
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every element closed in order; keeps ids, references, scripts and visible text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.ids, self.references, self.scripts, self.texts, self.attributes = [], [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self._keep(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert "svg" in self.open or tag in VOID, f"<{tag}/> means nothing in HTML"
+        self._keep(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> out of order"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+        elif self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+
+    def _keep(self, tag, attrs):
+        self.attributes += [(tag, *pair) for pair in attrs]
+        self.ids += [value for key, value in attrs if key == "id"]
+        self.references += [value for key, value in attrs if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")]
+
+    @property
+    def text(self):
+        return "".join(self.texts)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    html, markdown, summary = make_report(tmp_path_factory.mktemp("report"), curves=make_curves())
+    return Page(html), html, markdown, summary
+
+
+# --- what it says ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_comes_first_in_both_documents(full):
+    page, html, markdown, summary = full
+    assert markdown.splitlines()[0] == f"# {headline(summary)}"
+    claim = headline(summary).split(":")[0]
+    assert f"<h1>{claim}<span>" in html
+    assert ("meta", "content", headline(summary)) in page.attributes
+
+
+def test_E2_the_first_line_says_that_the_judge_is_the_training_reward(tmp_path):
+    html, markdown, _ = make_report(tmp_path, judge="reward model", proxy_is_judge=True)
+    assert markdown.startswith("# Judged by the very reward that PPO was trained on")
+    assert "<h1>Judged by the very reward" in html
+
+
+def test_every_figure_of_the_summary_stands_in_the_tables(full):
+    page, _, markdown, summary = full
+    for figures in summary["policies"].values():
+        for text in (f"{figures['gold_mean']:.3f}", f"{figures['length_mean']:.1f}", f"{figures['distinct_2']:.3f}"):
+            assert text in page.text
+            assert text in markdown
+    for row in summary["comparisons"]:
+        interval = f"{row['ci95'][0]:.3f} to {row['ci95'][1]:.3f}"
+        counts = f"{row['wins']} / {row['ties']} / {row['losses']}"
+        assert interval in page.text
+        assert counts in page.text
+        assert interval in markdown
+        assert counts in markdown
+
+
+def test_each_interval_is_drawn_where_its_figures_say(full):
+    _, html, _, summary = full
+    drawn = re.findall(r'class="range" style="left: ([\d.]+)%; width: ([\d.]+)%"></i><i class="mark" style="left: ([\d.]+)%', html)
+    expected = [(100 * low, 100 * (high - low), 100 * row["win_rate"]) for row in summary["comparisons"] for low, high in [row["ci95"]]]
+    assert [tuple(map(float, one)) for one in drawn] == [pytest.approx(one, abs=0.006) for one in expected]
+
+
+def test_families_carry_their_gold_means(full):
+    _, html, markdown, summary = full
+    assert len(summary["by_family"]) == len(FAMILIES)
+    for family, entry in summary["by_family"].items():
+        sft, ppo = (entry["policies"][name]["gold_mean"] for name in ("sft", "ppo"))
+        assert f"| {family} | {entry['n']} | {sft:.2f} | {ppo:.2f} |" in markdown
+        assert f'<i style="width: {100 * sft:.1f}%; --c: var(--sft)"></i><i style="width: {100 * ppo:.1f}%; --c: var(--ppo)"></i>' in html
+
+
+def test_every_stage_has_its_charts(full):
+    _, html, markdown, _ = full
+    charted = re.findall(r"<figure><h3><small>(.*?)</small> (.*?)</h3>", html)
+    assert charted[:4] == [
+        ("Pretraining", "Loss"),
+        ("SFT", "Loss"),
+        ("Reward model", "Loss"),
+        ("Reward model", "Accuracy on preference pairs"),
+    ]
+    assert [stage for stage, _ in charted[4:]] == ["PPO"] * 8
+    assert html.count("<svg ") == len(charted) + 3 + 1  # three histograms and gold against proxy
+    assert "| accuracy |" in markdown
+
+
+def test_how_it_was_measured_is_told(full):
+    page, _, markdown, _ = full
+    for words in ("3f2c9a1", "0.7", "versions torch", "2.13.0", "60 held-out prompts", "Wilson", "not of other training seeds"):
+        assert words in page.text
+        assert words in markdown
+
+
+# --- what it leaves out -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_gold_families_and_stages_nothing_stands_empty(tmp_path):
+    samples = make_samples(30, families=False, gold=False)
+    html, markdown, _ = make_report(tmp_path, samples, {"ppo": []}, judge="another reward model")
+    page = Page(html)
+    assert not {"families", "gold-and-proxy", "training"} & set(page.ids)
+    assert not re.search(r"<figure>\s*</figure>|<tbody>\s*</tbody>|<div class=\"grid\">\s*</div>", html)
+    assert html.count("<svg ") == 2  # reward and length
+    assert "Gold score" not in page.text
+    assert "Gold" not in markdown
+    assert "Judge" in page.text
+    assert '<select name="family">' not in html
+    assert {anchor[1:] for anchor in page.references if anchor.startswith("#")} <= set(page.ids)
+
+
+def test_a_missing_stage_leaves_the_others(tmp_path):
+    curves = make_curves()
+    del curves["reward"], curves["ppo"]
+    html, markdown, _ = make_report(tmp_path, make_samples(20), curves)
+    assert re.findall(r"<figure><h3><small>(.*?)</small>", html) == ["Pretraining", "SFT"]
+    assert "## Training: SFT" in markdown
+    assert "## Training: Reward model" not in markdown
+
+
+def test_rows_that_are_not_numbers_are_passed_over(tmp_path):
+    rows = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3, "loss": None},
+        {"loss": 1.0},
+        {"step": 4, "loss": 1.5, "eval_loss": 1.4},
+    ]
+    html, markdown, _ = make_report(tmp_path, make_samples(20), {"sft": rows, "pretrain": rows[:2]})
+    assert "| loss | 2 | 1.5 |" in markdown
+    assert "eval" not in markdown  # a single point is no curve
+    assert "Pretraining" not in Page(html).text
+
+
+def test_one_policy_and_one_prompt_still_make_a_page(tmp_path):
+    html, markdown, _ = make_report(tmp_path, make_samples(1), {}, policies=["sft"])
+    Page(html)
+    assert markdown.startswith("# Nothing was compared")
+
+
+def test_a_later_round_is_named(tmp_path):
+    html, _, _ = make_report(tmp_path, make_samples(20), {"ppo_2": [{"step": 0, "kl": 0.0}, {"step": 1, "kl": 0.1}]})
+    assert "<small>PPO, round 2</small>" in html
+
+
+# --- that it is safe and stands alone -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(full):
+    page, html, _, _ = full
+    assert len(page.ids) == len(set(page.ids))
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= set(page.ids)
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
+    assert {name for name in re.findall(r"url\(#([^)]+)\)", html)} <= set(page.ids)
+
+
+def test_every_colour_has_a_value(full):
+    _, html, _, _ = full
+    assert "#fe01" not in html  # a placeholder colour that was not replaced
+    assert set(re.findall(r"var\(--([\w-]+)", html)) - {"c"} <= set(re.findall(r"--([\w-]+):", html))
+
+
+def test_what_a_model_writes_is_shown_and_never_markup(tmp_path):
+    samples = make_samples(20)
+    for row in samples:
+        row["answers"]["ppo"]["text"] = ATTACK
+        row["prompt"].append({"role": "<b>user", "content": "```\n# no heading\n<script>x</script>"})
+        row["family"] = '"><script>family'
+    html, markdown, _ = make_report(tmp_path, samples)
+    page = Page(html)
+    assert page.text.count(ATTACK) == 20
+    assert len(page.scripts) == 1
+    assert "onerror" not in page.scripts[0]
+    assert not [one for one in page.attributes if one[1].startswith("on")]
+    assert ("article", "data-family", '"><script>family') in page.attributes
+    assert "\n````text\n```\n# no heading" in markdown
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    assert "<" not in outside
+
+
+def test_only_the_script_whose_hash_is_named_may_run(full):
+    page, html, _, _ = full
+    digest = base64.b64encode(hashlib.sha256("".join(page.scripts).encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+    assert "default-src 'none'" in html
+
+
+def test_any_language_and_any_character_survives(tmp_path):
+    samples = make_samples(20)
+    samples[0]["prompt"][0]["content"] = "法国的首都是哪里?"
+    for row in samples:
+        row["answers"]["ppo"]["text"] = "法国的首都是巴黎。\r\nsecond line"
+        row["answers"]["sft"]["text"] = "\x1b[31mred\x00 \ud800 \x9b"
+    html, markdown, _ = make_report(tmp_path, samples)
+    assert Page(html).text.count("法国的首都是巴黎。\nsecond line") == 20
+    assert "法国的首都是哪里?" in html
+    assert "法国的首都是哪里?" in markdown
+    assert "␛[31mred␀ \N{REPLACEMENT CHARACTER} \N{REPLACEMENT CHARACTER}" in html
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", html + markdown)
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, full):
+    _, html, markdown, _ = full
+    assert make_report(tmp_path, curves=make_curves())[:2] == (html, markdown)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
+
+
+# --- samples and charts ---------------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_balanced_and_do_not_depend_on_their_order():
+    samples = make_samples(500)
+    summary = summarise(samples, "gold", POLICIES)
+    chosen = pick_samples(samples, summary)
+    shuffled = copy.copy(samples)
+    random.Random(5).shuffle(shuffled)
+    assert pick_samples(shuffled, summary) == chosen
+    assert len(chosen) == len({row["id"] for row in chosen}) == 20
+    counts = [sum(row["family"] == family for row in chosen) for family in FAMILIES]
+    assert set(counts) == {1, 2}
+    scores = [row["answers"] for row in chosen]
+    wins = sum(answers["ppo"]["judge"] > answers["sft"]["judge"] for answers in scores)
+    losses = sum(answers["ppo"]["judge"] < answers["sft"]["judge"] for answers in scores)
+    assert min(wins, losses, 20 - wins - losses) >= 6
+
+
+def test_few_samples_are_all_shown():
+    samples = make_samples(7)
+    assert len(pick_samples(samples, summarise(samples, "gold", POLICIES))) == 7
+
+
+def test_running_mean_by_hand():
+    assert running_mean([0, 3, 6, 9, 0], 1) == [0, 3, 6, 5, 0]
+    assert running_mean([0, 3, 6, 9, 2], 9) == [0, 3, 4, pytest.approx(17 / 3), 2]
+    assert running_mean([1, 2], 0) == [1, 2]
+
+
+def test_axis_labels_keep_their_digits(tmp_path):
+    rows = [{"step": i, "policy_loss": 0.0001 * i} for i in range(6)]
+    html, _, _ = make_report(tmp_path, make_samples(20), {"ppo": rows})
+    assert ">0.0002</text>" in html
+
+
+def test_gold_against_proxy_names_the_peak(tmp_path):
+    rows = [{"step": i, "score_mean": i, "gold_mean": gold, "kl": i**2} for i, gold in enumerate([0.5, 0.7, 0.9, 0.6])]
+    html, markdown, _ = make_report(tmp_path, make_samples(20), {"ppo": rows})
+    assert "Gold was highest at step 2 (0.90, KL 4.0 nats) and ended at 0.60." in Page(html).text
+    assert "On training prompts: Gold was highest at step 2" in markdown
+    held_out = [row | {"eval_score_mean": 1.0, "eval_gold_mean": 0.5 + 0.1 * row["step"]} for row in rows]
+    _, markdown, _ = make_report(tmp_path, make_samples(20), {"ppo": held_out})
+    assert "On held-out prompts: Gold was highest at step 3 (0.80" in markdown

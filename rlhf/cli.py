@@ -20,7 +20,7 @@ def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None =
     parser.add_argument("--config", help="experiment file (default: configs/quickstart.yaml)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only results")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # settings may stand before and after the flags
     if arguments.quiet:
         os.environ["RLHF_QUIET"] = "1"
     return guarded(lambda: main(load_config(arguments.config, arguments.overrides)))

@@ -6,6 +6,7 @@ values, not this object: only `stages/` and the orchestration read it.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ def load_config(path: str | None, overrides: list[str] | None = None) -> Config:
     file = _find_config(path or "configs/quickstart.yaml")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{file}: found a {type(tree).__name__}, wanted a mapping of sections such as `ppo:`")
@@ -243,7 +244,9 @@ def _apply_override(tree: dict, override: str) -> None:
         raise InputError(f"{override!r}: found no '=', wanted section.key=value, such as ppo.lr=1e-4")
     *sections, key = name.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:  # absent, or a heading in the file with nothing below it
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise InputError(f"{override!r}: {section} is not a section of settings")
     try:
@@ -261,7 +264,7 @@ def _build(cls, tree, prefix: str, where: str):
         if key not in hints:
             raise InputError(f"{where}: unknown setting {prefix}{key}. {_nearest(prefix + str(key))} `--help` lists all settings.")
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(hints[key], value or {}, f"{prefix}{key}.", where)
+            values[key] = _build(hints[key], {} if value is None else value, f"{prefix}{key}.", where)
         else:
             values[key] = _coerce(value, hints[key], prefix + key, where)
     return cls(**values)
@@ -289,7 +292,7 @@ def _coerce(value, wanted, name: str, where: str):
         if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
             return float(value)
         if kind is int and not isinstance(value, bool) and (isinstance(value, int) or float(value).is_integer()):
-            return int(value)
+            return value if isinstance(value, int) else int(float(value))
     except (TypeError, ValueError, OverflowError):
         pass  # falls through to the one message below
     if kind in (str, bool) and isinstance(value, kind):
@@ -318,7 +321,11 @@ POSITIVE = (
     "collect.prompts", "collect.eval_prompts", "collect.batch_size", "reward.epochs", "reward.batch_size", "reward.microbatch", "reward.lr",
     "reward.normalise_prompts", "ppo.rollouts", "ppo.batch_size", "ppo.minibatches", "ppo.epochs", "ppo.microbatch_tokens", "ppo.lr",
     "ppo.value_lr", "ppo.eval_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts", "compare.batch_size", "run.save_every",
-    "run.keep_checkpoints",
+    "run.keep_checkpoints", "ppo.clip", "ppo.value_clip", "ppo.max_grad_norm", "ppo.kl_target", "ppo.target_kl", "pipeline.early_rollouts",
+)
+NOT_NEGATIVE = (
+    "run.threads", "model.lora_rank", "world.documents", "world.demonstrations", "world.prompts", "world.test_prompts", "pretrain.weight_decay",
+    "sft.lm_loss_weight", "ppo.warmup_rollouts", "ppo.kl_coef", "ppo.value_coef", "ppo.ptx_coef", "ppo.uncertainty_coef", "compare.examples",
 )
 
 
@@ -332,8 +339,14 @@ def _check(config: Config) -> None:
         if not low <= values[name] <= high:
             raise InputError(f"{name}: found {values[name]}, wanted a value from {low} to {high}")
     for name in POSITIVE:
-        if not values[name] > 0:
+        if values[name] is not None and not values[name] > 0:
             raise InputError(f"{name}: found {values[name]}, wanted more than 0")
+    for name in NOT_NEGATIVE:
+        if not values[name] >= 0:
+            raise InputError(f"{name}: found {values[name]}, wanted 0 or more")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}: found {value}, wanted a finite number")
     if config.ppo.batch_size % config.ppo.minibatches:
         raise InputError(f"ppo.batch_size={config.ppo.batch_size} is not a multiple of ppo.minibatches={config.ppo.minibatches}; change one of them")
     if config.model.init is None:

@@ -17,9 +17,9 @@ def policy_loss(logprobs_BC, old_logprobs_BC, advantages_BC, mask_BC, clip: floa
 
 def value_loss(values_BC, old_values_BC, returns_BC, mask_BC, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum over real tokens of half the larger squared error, of the value and of the value held within ±clip of the old one (N+ 18)."""
+    values_BC, old_values_BC, returns_BC = (torch.where(mask_BC, t, 0.0) for t in (values_BC, old_values_BC, returns_BC))
     held_BC = old_values_BC + (values_BC - old_values_BC).clamp(-clip, clip)
-    errors_BC = torch.maximum((values_BC - returns_BC).square(), (held_BC - returns_BC).square())
-    return 0.5 * torch.where(mask_BC, errors_BC, 0.0).sum(), mask_BC.sum()
+    return 0.5 * torch.maximum((values_BC - returns_BC).square(), (held_BC - returns_BC).square()).sum(), mask_BC.sum()
 
 
 def language_model_loss(logprobs_BC, mask_BC) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +33,7 @@ def ranking_loss(rewards_BK, ranks_BK, margin_B=None, ties: str = "drop") -> tup
     ranks_BK: 1 is best, equal ranks are a tie, 0 marks an empty place. margin_B is subtracted from the difference (R3).
     ties: "drop" leaves tied pairs out, "half" gives them label one half. A prompt without a pair counts for nothing.
     """
+    rewards_BK = torch.where(ranks_BK > 0, rewards_BK, 0.0)
     difference_BKK = rewards_BK[:, :, None] - rewards_BK[:, None, :]
     real_BKK = (ranks_BK[:, :, None] > 0) & (ranks_BK[:, None, :] > 0)
     better_BKK = real_BKK & (ranks_BK[:, :, None] < ranks_BK[:, None, :])

@@ -31,7 +31,7 @@ def left_pad_mask(lengths: list[int]) -> torch.Tensor:
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Position ids [B, T]: 0 on the first real token of a row, whichever side its padding is on; 0 on padding."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+    return torch.where(mask, mask.long().cumsum(1) - 1, 0)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

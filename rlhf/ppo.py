@@ -30,7 +30,7 @@ class UpdateSettings:
     temperature: float
 
 
-SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "tokens", "ptx_tokens", "ratio_error")
+SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "tokens", "ptx_tokens")
 
 
 def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSettings, pad_id: int, seed: int, ptx_rows=(), after_step=None) -> dict:
@@ -76,27 +76,28 @@ def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings
     groups = by_tokens(lengths, settings.microbatch_tokens)
     groups = by_tokens(lengths, settings.microbatch_tokens, at_least=max_over_processes(accelerator, len(groups)))
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=accelerator.device)
+    largest_error = sums.new_zeros(())
     for place, group in enumerate(groups):
         last = place + 1 == len(groups) and not my_ptx
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss, figures = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)
+            loss, figures, error = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)
             # DDP averages the gradients of the processes; the loss is a sum over tokens of all of them, divided once
             accelerator.backward(loss * accelerator.num_processes / count)
             sums += figures
+            largest_error = torch.maximum(largest_error, error)
     if my_ptx:
         loss, figures = _ptx_loss(accelerator, model, my_ptx, settings, pad_id)
         accelerator.backward(settings.ptx_coef * loss * accelerator.num_processes / ptx_count)
         sums += figures
-    largest_error = sums[-1].clone()
     totals = dict(zip(SUMS, sum_over_processes(accelerator, sums).tolist(), strict=True))
     figures = {n: totals[n] / max(totals["tokens"], 1) for n in ("policy_loss", "value_loss", "approx_kl", "clip_fraction")}
     figures["ptx_loss"] = totals["ptx_loss"] / max(totals["ptx_tokens"], 1)
-    figures["ratio_error"] = float(largest_error)
+    figures["ratio_error"] = float(accelerator.gather(largest_error[None]).max())
     return figures, _clip(accelerator, model, settings.max_grad_norm)
 
 
 def _ppo_loss(accelerator, model, rollout, rows: list[int], settings: UpdateSettings, pad_id: int):
-    """Weighted loss sum of a microbatch, and its sums for the figures."""
+    """Weighted loss sum of a microbatch, its sums for the figures, and its largest |ratio - 1|."""
     batch = make_rows([rollout.prompts[i] for i in rows], [rollout.completions[i] for i in rows], pad_id, accelerator.device)
     width = batch.mask_BC.shape[1]
     old_BC, advantages_BC, old_values_BC, returns_BC = (
@@ -110,9 +111,8 @@ def _ppo_loss(accelerator, model, rollout, rows: list[int], settings: UpdateSett
         ratio_BC = torch.exp(torch.where(batch.mask_BC, logprobs_BC - old_BC, 0.0))
         off_BC = (ratio_BC - 1).abs()
         kl_sum = torch.where(batch.mask_BC, k3(old_BC, logprobs_BC), 0.0).sum()
-        figures = torch.stack([policy_sum.detach(), value_sum.detach(), kl_sum, (off_BC > settings.clip).sum(), kl_sum * 0, count, count * 0,
-                               off_BC.max()]).double()
-    return settings.policy_coef * policy_sum + settings.value_coef * value_sum, figures
+        figures = torch.stack([policy_sum.detach(), value_sum.detach(), kl_sum, (off_BC > settings.clip).sum(), kl_sum * 0, count, count * 0]).double()
+    return settings.policy_coef * policy_sum + settings.value_coef * value_sum, figures, off_BC.max().double()
 
 
 def _ptx_loss(accelerator, model, pairs: list, settings: UpdateSettings, pad_id: int):

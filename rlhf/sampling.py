@@ -75,20 +75,22 @@ def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[li
     cache = Cache(layers=layers)
     ids, position = left_pad(prompts, encoder.pad_id).to(device), positions(mask_BT[:, :width])
     uniforms_BC, running, sampled = uniforms_BC.to(device), torch.arange(len(prompts), device=device), []
+    going = torch.ones_like(running, dtype=torch.bool)
     for column in range(limit):
         logits = policy(input_ids=ids, attention_mask=mask_BT[:, : width + column], position_ids=position, past_key_values=cache, use_cache=True,
                         logits_to_keep=1).logits[:, -1]
         ids = _draw(logits, uniforms_BC[:, column], temperature)[:, None]
         sampled.append((running, ids[:, 0]))
-        going = (ids[:, 0] != encoder.eos_id).nonzero()[:, 0]
-        if len(going) == 0:
+        going = going & (ids[:, 0] != encoder.eos_id)
+        left = int(going.sum())
+        if left == 0:
             break
         # Rows that ended go on producing ids that nobody reads until enough of them leave together.
         position = position[:, -1:] + 1
-        if len(going) < COMPACT_BELOW * len(running):
-            running, ids, position, uniforms_BC, mask_BT = (t[going] for t in (running, ids, position, uniforms_BC, mask_BT))
+        if left < COMPACT_BELOW * len(running):
             for layer in layers:
                 layer.keep_rows(going)
+            running, ids, position, uniforms_BC, mask_BT, going = (t[going] for t in (running, ids, position, uniforms_BC, mask_BT, going))
     return _until_eos(sampled, len(prompts), encoder)
 
 

@@ -84,9 +84,13 @@ class CallableScorer:
     def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
         texts = [policy_encoder.decode(c) for c in completions]
         scores = self.function([p[-1]["content"] for p in prompts], texts)
+        try:
+            scores = [float(s) for s in scores]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"ppo.score={self.name!r} returned {type(scores).__name__} ({error}); wanted a list of numbers") from None
         if len(scores) != len(texts):
             raise InputError(f"ppo.score={self.name!r} returned {len(scores)} scores for {len(texts)} completions; wanted one each")
-        return torch.tensor([float(s) for s in scores])
+        return torch.tensor(scores)
 
 
 def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attention: str, device) -> Scorer:

@@ -73,23 +73,26 @@ def length_grouped_order(lengths: list[int], batch_size: int, steps: int, seed: 
 
 
 def quiet_libraries() -> None:
-    """No bars for loading and writing, and no report of weights that are new or left over because a causal LM became a reward model."""
+    """No bars for loading and writing, and none of two messages about what is done here on purpose; everything else is still said."""
     transformers_logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")
-    if not any(isinstance(f, _ExpectedReport) for f in logger.filters):
-        logger.addFilter(_ExpectedReport())
+    if not any(isinstance(f, _OnPurpose) for f in logger.filters):
+        logger.addFilter(_OnPurpose())
 
 
-class _ExpectedReport(logging.Filter):
-    """Drops load reports in which nothing but heads is missing or left over."""
+class _OnPurpose(logging.Filter):
+    """Drops load reports in which nothing but heads is missing or left over (a causal LM became a reward model), and the advice to pass an
+    attention mask (right padding needs none in a causal model)."""
 
     LINE = re.compile(r"^(\S+)\s*\|\W*(?:\x1b\[\d+m)?(MISSING|UNEXPECTED|MISMATCH|CONVERSION)", re.MULTILINE)
     HEADS = ("score.", "classifier.", "lm_head.", "cls.", "pooler.", "bert.pooler.")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        lines = self.LINE.findall(record.getMessage())
-        expected = all(key.startswith(self.HEADS) and status in ("MISSING", "UNEXPECTED") for key, status in lines)
-        return "LOAD REPORT" not in record.getMessage() or not lines or not expected
+        message = record.getMessage()
+        if "LOAD REPORT" not in message:
+            return "We strongly recommend passing in an `attention_mask`" not in message
+        lines = self.LINE.findall(message)
+        return not lines or not all(key.startswith(self.HEADS) and status in ("MISSING", "UNEXPECTED") for key, status in lines)
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
@@ -106,13 +109,15 @@ def _arguments(kind, recipe: Recipe, run: Run, folder: Path, **more):
     if left or share % microbatch:
         raise InputError(f"{recipe.section}.batch_size={recipe.batch_size} is not a multiple of {recipe.section}.microbatch={microbatch} x {processes} "
                          f"process{'es' * (processes > 1)}; change one of them")
+    checkpointing = "activation_checkpointing" if hasattr(kind, "activation_checkpointing") else "gradient_checkpointing"  # renamed in 5.22
     arguments = kind(
         output_dir=str(folder), seed=recipe.seed, max_steps=recipe.steps, per_device_train_batch_size=microbatch,
         gradient_accumulation_steps=share // microbatch, learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule,
         warmup_steps=int(WARMUP * recipe.steps), optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, bf16=recipe.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, train_sampling_strategy="sequential", remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential", remove_unused_columns=False,
         dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(), save_strategy="steps", save_steps=run.save_every,
-        logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, max_length=None, **more)
+        logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, max_length=None,
+        **{checkpointing: False}, **more)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: more of them are accelerate's business
     return arguments
 
@@ -158,7 +163,7 @@ class _StageTrainer:
         loss, grad_norm, step = logs["loss"], logs["grad_norm"], self.state.global_step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingStopped(f"{self.label}: step {step} has loss {loss} and gradient norm {grad_norm}; nothing of it was saved, the last good "
-                                  f"weights are in {self.args.output_dir}. Lower {self.label}.lr, now {self.args.learning_rate}, or look at the data")
+                                  f"weights are in {self.args.output_dir}. Lower {self.section}.lr, now {self.args.learning_rate}, or look at the data")
         figures = {"loss": loss, **self.figures(sums)}
         self.stage.log(self.offset + step, **figures, **self.fixed_figures, lr=logs["learning_rate"], grad_norm=grad_norm, seconds=seconds,
                        tokens_per_second=sums["tokens"] / seconds)
@@ -200,7 +205,7 @@ class DemonstrationTrainer(_StageTrainer, SFTTrainer):
 
     def __init__(self, policy, demonstrations: list[tuple[list[int], list[int]]], encoder: Encoder, recipe: Recipe, run: Run, folder: Path,
                  lm_loss_weight: float = 0.0):
-        self.lm_loss_weight = lm_loss_weight
+        self.section, self.lm_loss_weight = recipe.section, lm_loss_weight
         super().__init__(
             policy, args=_arguments(SFTConfig, recipe, run, folder, dataset_kwargs={"skip_prepare_dataset": True}),
             train_dataset=_ordered([len(p) + len(c) for p, c in demonstrations], recipe), processing_class=encoder.tokenizer,
@@ -229,7 +234,7 @@ class RankingTrainer(_StageTrainer, RewardTrainer):
     """The reward model on rankings of K answers: each answer through the model once, a prompt's pairs as one element (CANON R3, R4)."""
 
     def __init__(self, reward_model, rankings: list[dict], encoder: Encoder, recipe: Recipe, run: Run, folder: Path, ties: str = "drop"):
-        self.ties = ties
+        self.section, self.ties = recipe.section, ties
         lengths = [len(r["prompt"]) + max(map(len, r["completions"])) for r in rankings]
         super().__init__(
             reward_model, args=_arguments(RewardConfig, recipe, run, folder), train_dataset=_ordered(lengths, recipe), processing_class=encoder.tokenizer,

@@ -57,8 +57,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     scorer, reward_folders = _scorer(config, run / within, attention, device)
     value_model = new_value_model(settings.value_model, policy, encoder, reward_folders, run / "sft" / "model", attention, config.model)
     model = PolicyAndValue(policy, value_model)
-    average = MovingAverage(policy, settings.ema_decay) if settings.ema_decay else None
     model, optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr))
+    average = MovingAverage(policy, settings.ema_decay) if settings.ema_decay else None  # after prepare: on the weights' device
     if average is not None:
         accelerator.register_for_checkpointing(average)
     ref_logprobs = reference(ref_policy, policy, settings.temperature, accelerator.autocast)

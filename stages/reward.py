@@ -1,0 +1,172 @@
+"""Stage 2b, reward: a reward model from rankings of K answers (TRL's RewardTrainer on ids of our encoder); with data.judge_fraction, a judge too.
+
+    python -m stages.reward --config configs/quickstart.yaml [reward.members=3 ...]
+    accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.reward
+
+Reads RUN/data/preferences (by prepare or collect) and RUN/sft/model. Leaves RUN/reward/{model, model_1, ...}, a reward model per member whose
+normalisation stands in its config.json (reward_gain, reward_bias; CANON R5), and metrics.json with what they get right on held-out
+prompts (R6). The judge, in RUN/judge, is made alike from the prompts kept apart for it, with another seed.
+Simplified on purpose: held-out accuracy is measured at the end alone; an ensemble is measured by the mean of its members' raw scores.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from rlhf.cli import run_stage
+from rlhf.compute import describe, peak_memory_mb, precision, start
+from rlhf.config import Config
+from rlhf.encoding import Encoder
+from rlhf.errors import InputError, TrainingStopped
+from rlhf.jsonl import read_jsonl, replacing_folder, write_json
+from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, load_reward_model, parameter_count, save_model
+from rlhf.progress import say
+from rlhf.prompts import load_prompts
+from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation
+from rlhf.runs import Stage, file_digest, open_stage
+from rlhf.sampling import draw_uniforms, sample
+from rlhf.scoring import RewardModelScorer, raw_scores
+from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, quiet_libraries
+
+JUDGE_SEED = 7777  # added to the seed of the members
+
+
+def main(config: Config, within: str = "") -> None:
+    given = bool(config.data.preferences)
+    parents = ("prepare", "sft") if given else ("prepare", "sft", str(Path(within) / "collect"))
+    preferences = Path(config.run.dir) / ("" if given else within) / "data" / "preferences"
+    _train_and_measure(open_stage("reward", config, parents=parents, within=within), config, preferences)
+    if config.data.judge_fraction and not within:
+        _train_and_measure(open_stage("judge", config, parents=parents), config, preferences)
+
+
+def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
+    if stage.done:
+        say(f"{stage.name}: already done in {stage.folder}")
+        return
+    quiet_libraries()
+    accelerator, settings = start(config), config.reward
+    sft = str(Path(config.run.dir) / "sft" / "model")
+    source = sft if settings.init == "sft" else settings.init
+    encoder = load_encoder(source, config.model.trust_remote_code)
+    train, held_out = (_rankings(stage, preferences / f"{split}.jsonl", encoder, config) for split in ("train", "eval"))
+    seeds = [config.seed * 1000 + JUDGE_SEED] if stage.name == "judge" else [config.seed * 1000 + m for m in range(settings.members)]
+    folders = [stage.folder / ("model" if m == 0 else f"model_{m}") for m in range(len(seeds))]
+    steps = count_steps(len(train), settings.batch_size, settings.epochs)
+    answers = sum(len(row["completions"]) for row in train)
+    say(f"{stage.name}: {describe(accelerator)}; starts from {source}" + (f"; {len(seeds)} members" if len(seeds) > 1 else ""))
+    say(f"{stage.name}: {settings.epochs:g} x {len(train):,} prompts / {settings.batch_size} = {steps:,} steps; "
+        f"{answers / len(train):.1f} answers a prompt, each through the model once")
+
+    samples = None
+    for member, (seed, folder) in enumerate(zip(seeds, folders, strict=True)):
+        if folder.is_dir():
+            say(f"{stage.name}: {folder.name} is already there")
+            continue
+        reward_model = _train(stage, config, source, encoder, train, steps, seed, member)
+        if stage.main:
+            samples = samples or _sft_samples(config, sft, accelerator)
+            _normalise(reward_model, encoder, samples, accelerator)
+            with replacing_folder(folder) as partial:
+                save_model(reward_model, encoder, partial)
+    if stage.main:
+        _measure(stage, config, accelerator, encoder, folders, train, held_out)
+    accelerator.wait_for_everyone()
+
+
+def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> list[dict]:
+    """Encoded rankings of a split, of the prompts that are this stage's to learn from. Raises InputError when none is left to train on."""
+    limits, training = config.data, path.stem == "train"
+    rows = [row for row in read_jsonl(path) if not training or judge_share(row["id"], limits.judge_fraction) == (stage.name == "judge")]
+    kept, dropped = encode_rankings(rows, encoder, limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties)
+    if dropped:
+        say(f"{stage.name}: {dropped:,} of {len(rows):,} {path.stem} rankings left out: longer than data.max_prompt_tokens={limits.max_prompt_tokens} or "
+            f"data.max_completion_tokens={limits.max_completion_tokens}, or all answers tied")
+    if training and not kept:
+        raise InputError(f"{path}: none of {len(rows)} rankings is left for {stage.name} (data.judge_fraction={limits.judge_fraction}, "
+                         f"data.max_prompt_tokens={limits.max_prompt_tokens}, data.max_completion_tokens={limits.max_completion_tokens}, "
+                         f"reward.ties={config.reward.ties}); change them or give more preferences")
+    return kept
+
+
+def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: list[dict], steps: int, seed: int, member: int):
+    """One reward model, trained; its head is drawn anew unless `source` already is a sequence classifier (CANON R1)."""
+    settings, attention = config.reward, attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
+    reward_model = load_reward_model(source, encoder, attention, config.model.trust_remote_code)
+    reward_model.config.use_cache = False
+    reward_model.config.reward_gain, reward_model.config.reward_bias = 1.0, 0.0
+    if not any(name.endswith("ForSequenceClassification") for name in reward_model.config.architectures or []):
+        init_reward_head(reward_model, torch.Generator().manual_seed(seed))
+    say(f"{stage.name}: {parameter_count(reward_model) / 1e6:.1f}M parameters, seed {seed}")
+    reward_model = add_lora(reward_model, config.model.lora_rank, config.model.lora_alpha, "SEQ_CLS")
+    recipe = Recipe("reward", steps, settings.batch_size, settings.microbatch, settings.lr, "linear", seed, precision(config.run.precision))
+    checkpoints = stage.checkpoints / f"member_{member}"
+    trainer = RankingTrainer(reward_model, train, encoder, recipe, config.run, checkpoints, settings.ties)
+    trainer.follow(stage, config.run.keep_checkpoints, stage.name, member * steps, **({"member": member} if settings.members > 1 else {}))
+    trainer.run()
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _sft_samples(config: Config, sft: str, accelerator) -> tuple[list, list, Encoder]:
+    """(prompts as messages, completions as ids, their encoder): one answer of the SFT model to each of reward.normalise_prompts prompts.
+
+    Answers that did not end are left out where others did: their score will be ppo.missing_eos_score.
+    """
+    encoder = load_encoder(sft, config.model.trust_remote_code)
+    prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)[: config.reward.normalise_prompts]
+    policy = load_policy(sft, encoder, attention_kernel(config.model.attention, accelerator.device), config.model.trust_remote_code)
+    uniforms_BC = draw_uniforms(len(prompts), config.data.max_completion_tokens, config.seed, 5)
+    with accelerator.autocast():
+        completions = sample(policy.to(accelerator.device).eval(), [p.ids for p in prompts], uniforms_BC, encoder, 1.0, 256)
+    ended = [i for i, ids in enumerate(completions) if encoder.ended(ids)]
+    picked = ended if len(ended) > 1 else range(len(prompts))
+    return [prompts[i].messages for i in picked], [completions[i] for i in picked], encoder
+
+
+def _normalise(reward_model, encoder: Encoder, samples: tuple, accelerator) -> None:
+    """Writes gain and bias into the model's config (CANON R5). Raises TrainingStopped for scores that are no numbers."""
+    prompts, completions, policy_encoder = samples
+    with accelerator.autocast():
+        raw_B = RewardModelScorer(reward_model, encoder)(prompts, completions, policy_encoder)
+    try:
+        reward_model.config.reward_gain, reward_model.config.reward_bias = normalisation(raw_B)
+    except ValueError as error:
+        raise TrainingStopped(f"reward: {error} after training, on answers of the SFT model; lower reward.lr and run the stage again") from None
+
+
+def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folders: list[Path], train: list[dict], held_out: list[dict]) -> None:
+    """Loads what was saved, scores held-out rankings and as many training ones, writes metrics.json and DONE."""
+    rows = train[: len(held_out)] + held_out
+    answers = [row["prompt"] + completion for row in rows for completion in row["completions"]]
+    totals, normalised = torch.zeros(len(answers)), []
+    for folder in folders:
+        model = load_reward_model(str(folder), encoder, attention_kernel(config.model.attention, accelerator.device), config.model.trust_remote_code)
+        normalised.append({"gain": model.config.reward_gain, "bias": model.config.reward_bias})
+        with accelerator.autocast():
+            totals += raw_scores(model.to(accelerator.device).eval(), answers, encoder.pad_id)
+    scores = [part.tolist() for part in (totals / len(folders)).split([len(row["completions"]) for row in rows])]
+    seen = len(rows) - len(held_out)
+    figures, on_train = _figures(held_out, scores[seen:], config.reward.ties), _figures(rows[:seen], scores[:seen], config.reward.ties)
+    steps = count_steps(len(train), config.reward.batch_size, config.reward.epochs)
+    training = {"prompts": len(train), "answers": sum(len(row["completions"]) for row in train), "steps": steps}
+    kept = {name: on_train[name] for name in ("accuracy", "loss", "pairs")} if on_train else {}
+    write_json(stage.folder / "metrics.json", {"eval": figures, "train": {**training, **kept}, "normalisation": normalised[0], "members": len(folders)})
+    if figures is None:
+        say(f"{stage.name}: no held-out pairs to measure on; model in {folders[0]}")
+    else:
+        stage.log(steps * len(folders), eval_accuracy=figures["accuracy"], eval_loss=figures["loss"], peak_memory_mb=peak_memory_mb())
+        low, high = figures["ci95"]
+        noise_free = figures["noise_free_accuracy"]
+        say(f"{stage.name}: orders {figures['accuracy']:.3f} of {figures['pairs']:,} held-out pairs right (95 % interval {low:.3f}-{high:.3f}; "
+            f"the longer one wins: {figures['longer_wins_accuracy']:.3f})" + (f"; by noise-free labels {noise_free:.3f}" if noise_free else ""))
+    stage.finish(eval_accuracy=figures and figures["accuracy"], members=[file_digest(f / "model.safetensors") for f in folders])
+
+
+def _figures(rows: list[dict], scores: list[list[float]], ties: str) -> dict | None:
+    """CANON R6, or None where there is no pair to measure on."""
+    return evaluate_rankings(rows, scores, ties) if any(len(set(row["ranks"])) > 1 for row in rows) else None
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main, __doc__))

@@ -30,7 +30,7 @@ class Run:
     dir: str = setting("runs/quickstart", "the run folder; every stage writes into a folder of its own below it")
     threads: int = setting(0, "CPU threads per process; 0: the cores this process may use, shared out among the processes of this machine")
     precision: str = setting("auto", "auto, bf16 or fp32: arithmetic of the passes; weights and optimizer are always fp32. auto: bf16 where the hardware has it")
-    save_every: int = setting(25, "optimizer steps (pretrain, sft, reward) or rollouts (ppo) between checkpoints")
+    save_every: int = setting(200, "optimizer steps between checkpoints in pretrain, sft and reward; ppo has ppo.save_every")
     keep_checkpoints: int = setting(1, "checkpoints kept per stage; older ones are deleted")
 
 
@@ -73,11 +73,12 @@ class World:
 
 @dataclass(frozen=True)
 class Pretrain:
-    steps: int = setting(700, "optimizer steps")
-    batch_tokens: int = setting(4096, "tokens in a step, all processes together")
-    block: int = setting(128, "tokens in a row of packed text")
-    lr: float = setting(2e-3, "peak learning rate; warm-up over 2 percent, then linear to 0")
-    weight_decay: float = setting(0.1, "AdamW weight decay on matrices")
+    steps: int = setting(1500, "optimizer steps")
+    batch_tokens: int = setting(1024, "tokens in a step, padding included, all processes together")
+    block: int = setting(128, "longest row, tokens; longer documents are cut into pieces")
+    lr: float = setting(3e-3, "peak learning rate of embeddings, norms and biases (AdamW); warm-up over 2 percent, then linear to 0")
+    matrix_lr: float = setting(0.02, "peak learning rate of the blocks' matrices (Muon)")
+    weight_decay: float = setting(0.0, "weight decay of the matrices")
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Ppo:
     ensemble: str = setting("mean", "mean, worst or uncertainty: how an ensemble's scores combine")
     uncertainty_coef: float = setting(1.0, "weight of the members' variance with ppo.ensemble=uncertainty")
     score: str | None = setting(None, "module:function, a callable f(prompts, completions) -> list of float in place of the reward model")
+    save_every: int = setting(10, "rollouts between checkpoints")
     eval_every: int = setting(10, "rollouts between evaluations on held-out prompts")
     eval_prompts: int = setting(128, "held-out prompts of these evaluations")
 
@@ -317,10 +319,10 @@ RANGES = {  # lowest and highest legal value
     "data.max_prompt_tokens": (1, 1 << 20), "data.max_completion_tokens": (2, 1 << 20),
 }
 POSITIVE = (
-    "pretrain.steps", "pretrain.batch_tokens", "pretrain.block", "pretrain.lr", "sft.epochs", "sft.batch_size", "sft.microbatch", "sft.lr",
+    "pretrain.steps", "pretrain.batch_tokens", "pretrain.block", "pretrain.lr", "pretrain.matrix_lr", "sft.epochs", "sft.batch_size", "sft.microbatch", "sft.lr",
     "collect.prompts", "collect.eval_prompts", "collect.batch_size", "reward.epochs", "reward.batch_size", "reward.microbatch", "reward.lr",
     "reward.normalise_prompts", "ppo.rollouts", "ppo.batch_size", "ppo.minibatches", "ppo.epochs", "ppo.microbatch_tokens", "ppo.lr",
-    "ppo.value_lr", "ppo.eval_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts", "compare.batch_size", "run.save_every",
+    "ppo.value_lr", "ppo.eval_every", "ppo.save_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts", "compare.batch_size", "run.save_every",
     "run.keep_checkpoints", "ppo.clip", "ppo.value_clip", "ppo.max_grad_norm", "ppo.kl_target", "ppo.target_kl", "pipeline.early_rollouts",
 )
 NOT_NEGATIVE = (

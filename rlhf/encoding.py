@@ -19,8 +19,9 @@ SMALL_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PLAIN_TEMPLATE = (  # for base models, whose tokenizer knows no turns
-    "{% for m in messages %}\n\n{{ {'user': 'Human', 'assistant': 'Assistant'}.get(m['role'], 'System') }}: {{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+    # newlines stand inside expressions: the template engine drops one that follows a block
+    "{% for m in messages %}{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant'}.get(m['role'], 'System') }}: {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
 

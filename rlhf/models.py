@@ -21,9 +21,9 @@ from transformers import (
 from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Encoder
 from rlhf.errors import InputError
 
-SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabulary: 0.2M, 3.7M, 11.5M, 87M
+SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabulary: 0.2M, 2.2M, 11.5M, 87M
     "nano": (2, 64, 2),
-    "micro": (4, 256, 4),
+    "micro": (4, 192, 6),
     "mini": (6, 384, 6),
     "gpt2": (12, 768, 12),
 }

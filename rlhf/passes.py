@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from rlhf.logprobs import token_logprobs
-from rlhf.masking import length_mask, right_pad
+from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 
+PICKED_STEP = 256  # see WIDTH_STEP in rlhf/masking.py
+ROWS_STEP = 16
 SCALES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # models that do more than a matrix product after the trunk
 
 
@@ -39,7 +41,7 @@ def make_rows(prompts: list[list[int]], completions: list[list[int]], pad_id: in
     if not all(completions):
         raise ValueError("a completion without tokens: it has no place for a score (CANON A3)")
     joined = [p + c for p, c in zip(prompts, completions, strict=True)]
-    ids_BT = right_pad(joined, pad_id)
+    ids_BT = right_pad(joined, pad_id, WIDTH_STEP)
     width = ids_BT.shape[1]
     before = [row * width + len(p) - 1 + t for row, (p, c) in enumerate(zip(prompts, completions, strict=True)) for t in range(len(c))]
     tensors = (ids_BT, length_mask([len(c) for c in completions]), torch.tensor(before), torch.tensor([i for c in completions for i in c]),
@@ -52,12 +54,19 @@ def policy_pass(policy, rows: Rows, temperature: float) -> tuple[torch.Tensor, t
     inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     if any(getattr(inner.config, name, None) for name in SCALES_LOGITS):
         output = inner(input_ids=rows.ids_BT, use_cache=False, output_hidden_states=True)
-        hidden_BTD, logits_NV = output.hidden_states[-1], output.logits.flatten(0, 1)[rows.before_N]
+        hidden_BTD, logits_NV = output.hidden_states[-1], _picked(output.logits, rows.before_N)
     else:
         hidden_BTD = inner.base_model(input_ids=rows.ids_BT, use_cache=False).last_hidden_state
-        logits_NV = inner.get_output_embeddings()(hidden_BTD.flatten(0, 1)[rows.before_N])
-    logprobs_N, entropy_N = token_logprobs(logits_NV, rows.targets_N, temperature)
+        logits_NV = inner.get_output_embeddings()(_picked(hidden_BTD, rows.before_N))
+    count = len(rows.targets_N)
+    logprobs_N, entropy_N = token_logprobs(logits_NV[:count], rows.targets_N, temperature)
     return rows.spread(logprobs_N), rows.spread(entropy_N), hidden_BTD
+
+
+def _picked(states_BTX: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    """Rows of [B, T, X] at flat places, and a few more of the first one, so that their count takes few different values."""
+    places = torch.cat([places_N, places_N.new_zeros(round_up(len(places_N), PICKED_STEP) - len(places_N))])
+    return states_BTX.flatten(0, 1)[places]
 
 
 class ValueModel(nn.Module):
@@ -73,7 +82,7 @@ class ValueModel(nn.Module):
 
     def of_hidden(self, hidden_BTD, rows: Rows) -> torch.Tensor:
         """The same from hidden states that are already there."""
-        return rows.spread(self.head(hidden_BTD.flatten(0, 1)[rows.before_N])[:, 0].float())
+        return rows.spread(self.head(_picked(hidden_BTD, rows.before_N))[: len(rows.before_N), 0].float())
 
 
 class PolicyAndValue(nn.Module):
@@ -98,8 +107,12 @@ def by_tokens(lengths: list[int], budget: int, at_least: int = 1) -> list[list[i
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     groups: list[list[int]] = [[]]
     for i in order:
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > budget:
-            groups.append([])
+        width = round_up(lengths[i], WIDTH_STEP)
+        if groups[-1] and (len(groups[-1]) + 1) * width > budget:
+            full = len(groups[-1]) // ROWS_STEP * ROWS_STEP or len(groups[-1])  # few different row counts
+            groups[-1:] = [groups[-1][:full], groups[-1][full:]]
+            if groups[-1] and (len(groups[-1]) + 1) * width > budget:  # the rest has no room for a row so much longer
+                groups.append([])
         groups[-1].append(i)
     while len(groups) < at_least and max(map(len, groups)) > 1:
         largest = max(range(len(groups)), key=lambda g: len(groups[g]))

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from rlhf.losses import ranking_loss
-from rlhf.masking import length_mask, right_pad
+from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 
 Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 BINS = 5
+FILL_STEP = 16  # answers in a large batch are a multiple of this
 
 
 def judge_share(prompt_id: str, fraction: float) -> bool:
@@ -44,22 +45,39 @@ def encode_rankings(rows, encoder, max_prompt_tokens: int, max_completion_tokens
 def collate_rankings(rows: list[dict], pad_id: int) -> dict:
     """All answers of some prompts as one right-padded batch in which each stands once, and where each prompt finds its own.
 
+    Large batches are filled up with copies that no prompt refers to, so that few different shapes occur (WIDTH_STEP in rlhf/masking.py).
     ids_NT, mask_NT (True on real tokens); places_BK: row in N of each answer; ranks_BK: 1 is best, 0 an empty place; margin_B; tokens: real ones.
     """
     answers = [row["prompt"] + completion for row in rows for completion in row["completions"]]
+    filled = answers + [answers[0]] * (round_up(len(answers), FILL_STEP) - len(answers)) if len(answers) > FILL_STEP else answers
     counts = torch.tensor([len(row["completions"]) for row in rows])
     starts, real_BK = counts.cumsum(0) - counts, length_mask(counts)
-    lengths = [len(ids) for ids in answers]
+    lengths, ids_NT = [len(ids) for ids in answers], right_pad(filled, pad_id, WIDTH_STEP)
     return {
-        "ids_NT": right_pad(answers, pad_id), "mask_NT": length_mask(lengths), "tokens": sum(lengths),
+        "ids_NT": ids_NT, "mask_NT": length_mask([len(ids) for ids in filled], ids_NT.shape[1]), "tokens": sum(lengths),
         "places_BK": torch.where(real_BK, starts[:, None] + torch.arange(real_BK.shape[1]), 0),
         "ranks_BK": right_pad([row["ranks"] for row in rows], 0), "margin_B": torch.tensor([row["margin"] for row in rows]),
     }
 
 
+class Fp32Linear(nn.Linear):
+    """A linear layer that autocast leaves alone: bf16 would round a score near 3 to steps of 0.016, larger than many differences it must tell."""
+
+    def forward(self, input):  # noqa: A002 - nn.Linear's name for it
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+def fp32_head(reward_model) -> nn.Linear:
+    """Makes the scalar head of a sequence classifier an Fp32Linear, in place and under the same weights; returns it."""
+    head = [m for m in reward_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+    head.__class__ = Fp32Linear
+    return head
+
+
 def init_reward_head(reward_model, generator: torch.Generator | None = None) -> nn.Linear:
     """Draws the scalar head from N(0, 1/sqrt(d + 1)), d its inputs, with bias 0 where it has one (CANON R1; N+ 11); returns it."""
-    head = [m for m in reward_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+    head = fp32_head(reward_model)
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1))
         if head.bias is not None:
@@ -145,8 +163,8 @@ def _loss(rows: list[dict], scores: list[list[float]], ties: str) -> float:
 
 def _by_margin(margin_P: torch.Tensor, right_P: torch.Tensor) -> list[dict]:
     order = margin_P.argsort(stable=True)
-    return [{"margin_from": margin_P[part[0]].item(), "margin_to": margin_P[part[-1]].item(), "pairs": len(part), "accuracy": right_P[part].mean().item()}
-            for part in order.tensor_split(BINS) if len(part)]
+    return [{"margin_from": margin_P[part[0]].item(), "margin_to": margin_P[part[-1]].item(), "pairs": len(part),
+             "accuracy": right_P[part].mean().item()} for part in order.tensor_split(BINS) if len(part)]
 
 
 def _calibration(margin_P: torch.Tensor, right_P: torch.Tensor) -> list[dict]:

@@ -19,7 +19,7 @@ import yaml
 
 from rlhf.config import Config, config_to_tree
 from rlhf.errors import InputError
-from rlhf.jsonl import read_jsonl, replacing, write_json
+from rlhf.jsonl import replacing, write_json
 from rlhf.metrics import check_names
 from rlhf.paths import PACKAGE
 
@@ -68,9 +68,10 @@ class Stage:
         """Drops logged lines past `step`, from where a resumed stage logs them again."""
         path = self.folder / "metrics.jsonl"
         if self.main and path.is_file():
-            kept = [row for row in read_jsonl(path) if row["step"] <= step]
+            with open(path, encoding="utf-8") as lines:  # a line without its end was cut when the machine stopped
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             with replacing(path) as file:
-                file.writelines(json.dumps(row) + "\n" for row in kept)
+                file.writelines(kept)
 
     def finish(self, **results) -> None:
         """Writes DONE with the digest of what was made; the stage's checkpoints are no longer needed and go."""
@@ -194,7 +195,10 @@ def _fingerprint(name: str, config: Config, parents: dict, inputs: dict) -> str:
 def _refuse_other_experiment(stage: Stage, old: dict) -> None:
     if old.get("fingerprint") == stage._manifest["fingerprint"]:
         return
-    saved = yaml.safe_load((stage.folder / "config.yaml").read_text(encoding="utf-8"))
+    if {path.name for path in stage.folder.iterdir()} <= {"config.yaml", "manifest.json"}:
+        return  # a start that came to nothing, say over a mistyped file name: there is no work to protect
+    config = stage.folder / "config.yaml"
+    saved = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     changes = [f"the finished stage {p} has changed since" for p, d in stage._manifest["parents"].items() if old.get("parents", {}).get(p) != d]
     changes += [f"the input {p} has changed since" for p, d in stage._manifest["inputs"].items() if old.get("inputs", {}).get(p) != d]
     now = config_to_tree(stage.config)

@@ -10,8 +10,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf.encoding import Encoder
-from rlhf.masking import left_pad, left_pad_mask, positions
+from rlhf.masking import left_pad, left_pad_mask, positions, round_up
 
+WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
 COMPACT_BELOW = 0.75  # the batch is repacked when fewer of its rows than this are still running
 
 
@@ -20,19 +21,25 @@ class BufferLayer(DynamicLayer):
 
     def __init__(self, length: int):
         super().__init__()
-        self.length, self.filled = length, 0
+        self.length, self.filled = round_up(length, WIDTH_STEP), 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             shape = (*key_states.shape[:2], self.length, key_states.shape[3])
-            self.key_buffer, self.value_buffer = key_states.new_empty(shape), value_states.new_empty((*shape[:3], value_states.shape[3]))
+            self.key_buffer, self.value_buffer = key_states.new_zeros(shape), value_states.new_zeros((*shape[:3], value_states.shape[3]))
         end = self.filled + key_states.shape[2]
         self.key_buffer[:, :, self.filled : end] = key_states
         self.value_buffer[:, :, self.filled : end] = value_states
         self.filled = end
-        self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+        seen = round_up(end, WIDTH_STEP)
+        self.keys, self.values = self.key_buffer[:, :, :seen], self.value_buffer[:, :, :seen]
         return self.keys, self.values
+
+    def get_mask_sizes(self, query_length, *args, **kwargs) -> tuple[int, int]:
+        """(columns of keys that attention gets, 0): those not yet filled are masked."""
+        query_length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return round_up(self.filled + query_length, WIDTH_STEP), 0
 
     def get_seq_length(self) -> int:
         return self.filled
@@ -70,27 +77,29 @@ def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[li
     limit = uniforms_BC.shape[1]
     mask_BT = left_pad_mask([len(p) for p in prompts]).to(device)
     width = mask_BT.shape[1]
-    mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), limit)], 1)
+    mask_BT = torch.cat([mask_BT, mask_BT.new_zeros(len(prompts), limit + WIDTH_STEP)], 1)  # a column turns True when its token is there
     layers = [BufferLayer(width + limit) for _ in range(policy.config.get_text_config().num_hidden_layers)]
     cache = Cache(layers=layers)
     ids, position = left_pad(prompts, encoder.pad_id).to(device), positions(mask_BT[:, :width])
     uniforms_BC, running, sampled = uniforms_BC.to(device), torch.arange(len(prompts), device=device), []
     going = torch.ones_like(running, dtype=torch.bool)
     for column in range(limit):
-        logits = policy(input_ids=ids, attention_mask=mask_BT[:, : width + column], position_ids=position, past_key_values=cache, use_cache=True,
+        logits = policy(input_ids=ids, attention_mask=mask_BT[:, : round_up(width + column, WIDTH_STEP)], position_ids=position, past_key_values=cache, use_cache=True,
                         logits_to_keep=1).logits[:, -1]
         ids = _draw(logits, uniforms_BC[:, column], temperature)[:, None]
         sampled.append((running, ids[:, 0]))
+        mask_BT[:, width + column] = True
         going = going & (ids[:, 0] != encoder.eos_id)
         left = int(going.sum())
         if left == 0:
             break
-        # Rows that ended go on producing ids that nobody reads until enough of them leave together.
         position = position[:, -1:] + 1
-        if left < COMPACT_BELOW * len(running):
+        # Rows that ended go on producing ids that nobody reads until enough of them leave together
+        if left < COMPACT_BELOW * len(running) and round_up(left, ROWS_STEP) < len(running):
+            kept = going.int().argsort(descending=True, stable=True)[: round_up(left, ROWS_STEP)]
             for layer in layers:
-                layer.keep_rows(going)
-            running, ids, position, uniforms_BC, mask_BT, going = (t[going] for t in (running, ids, position, uniforms_BC, mask_BT, going))
+                layer.keep_rows(kept)
+            running, ids, position, uniforms_BC, mask_BT, going = (t[kept] for t in (running, ids, position, uniforms_BC, mask_BT, going))
     return _until_eos(sampled, len(prompts), encoder)
 
 

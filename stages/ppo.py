@@ -110,7 +110,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
                 write_jsonl(stage.folder / "rollouts" / f"{step + 1:05d}.jsonl", _as_text(rows, texts, rollout, gold))
             state = _next_state(state, figures, settings, stage)
             bar.update(step + 1, score=figures["score_mean"], kl=figures["kl"], length=figures["length_mean"], tokens_per_second=int(real / seconds))
-            if (step + 1) % config.run.save_every == 0 and step + 1 < settings.rollouts:
+            if (step + 1) % settings.save_every == 0 and step + 1 < settings.rollouts:
                 save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, kl_coef=state["kl_coef"], bad_rollouts=state["bad_rollouts"])
 
     if average is not None:

@@ -4,13 +4,15 @@
     accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.pretrain
 
 Reads RUN/data/text. Leaves RUN/pretrain/model: a GPT-2 of model.size (CANON B1) with a byte-level BPE made from the text.
-Documents are joined with the end token and cut into rows of pretrain.block tokens; which rows a step sees follows from (seed, step) alone.
-Simplified on purpose: attention crosses document borders within a row, as in GPT-2.
+A row is one document with its end token, or a piece of pretrain.block tokens of a longer one; rows of like length share a batch, and which
+batch a step sees follows from (seed, step) alone. GPT-2 packed documents into full rows instead; here copying from the question was then not
+learned within the quickstart's budget, because attention has to find the question among strangers (configs/EXPERIMENTS.md).
 """
 
 import math
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -24,14 +26,17 @@ from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder
+from rlhf.masking import WIDTH_STEP, length_mask, right_pad
 from rlhf.models import attention_kernel, load_encoder, new_gpt, parameter_count, save_model, train_tokenizer
-from rlhf.optimizers import linear_lr, new_optimizer, set_lr
+from rlhf.optimizers import linear_lr, pretraining_optimizers, set_lr
+from rlhf.passes import by_tokens
 from rlhf.progress import Progress, say
 from rlhf.runs import open_stage
 
 TOKENIZER_DOCUMENTS = 50_000  # enough for a stable vocabulary of a few thousand tokens
 WARMUP = 0.02
-EVAL_ROWS = 64
+EVAL_ROWS = 256
+SORTED_ROWS = 4096  # rows sorted by length together
 
 
 def main(config: Config) -> None:
@@ -47,44 +52,49 @@ def main(config: Config) -> None:
     data = Path(config.run.dir) / "data" / "text"
     with accelerator.main_process_first():
         encoder = _tokenizer(stage, data / "train.jsonl", config.model.vocab_size)
-    rows = _packed(data / "train.jsonl", encoder, settings.block)
-    held_out = _packed(data / "eval.jsonl", encoder, settings.block)[:EVAL_ROWS]
-    batch = max(1, settings.batch_tokens // settings.block // accelerator.num_processes)
-    tokens = batch * settings.block * accelerator.num_processes
+    rows = _rows(data / "train.jsonl", encoder, settings.block)
+    held_out = _rows(data / "eval.jsonl", encoder, settings.block)[:EVAL_ROWS] or rows[:EVAL_ROWS]
+    tokens = sum(map(len, rows))
 
     attention = attention_kernel(config.model.attention, accelerator.device)
     model = new_gpt(config.model.size, encoder, config.model.context, attention)
-    say(f"pretrain: {describe(accelerator)}; {parameter_count(model) / 1e6:.1f}M parameters, {rows.numel():,} tokens of text")
-    say(f"pretrain: {settings.steps} steps x {tokens:,} tokens ({batch * accelerator.num_processes} x {settings.block}) = "
-        f"{settings.steps * tokens / 1e6:.1f}M tokens, {settings.steps * tokens / rows.numel():.1f} passes")
-    model, optimizer = accelerator.prepare(model, new_optimizer(model, settings.lr, settings.weight_decay))
+    say(f"pretrain: {describe(accelerator)}; {parameter_count(model) / 1e6:.1f}M parameters, {tokens:,} tokens of text in {len(rows):,} rows")
+    say(f"pretrain: {settings.steps:,} steps x at most {settings.batch_tokens:,} tokens")
+    optimizers = pretraining_optimizers(model, settings.lr, settings.matrix_lr, settings.weight_decay)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
     first = load_checkpoint(accelerator, stage)["step"]
     stage.forget_after(first)
+    batches, clock, seen = _batches(rows, settings.batch_tokens // accelerator.num_processes, config.seed, accelerator), time.perf_counter(), 0
 
     with Progress("pretrain", settings.steps, first) as bar:
         for step in range(first, settings.steps):
-            began = time.perf_counter()
-            lr = set_lr(optimizer, settings.lr * linear_lr(step, settings.steps, WARMUP))
-            ids = _batch(rows, step, batch, config.seed, accelerator).to(accelerator.device)
-            loss = _loss(model, ids)
-            accelerator.backward(loss)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            share = linear_lr(step, settings.steps, WARMUP)
+            for optimizer in optimizers:
+                set_lr(optimizer, share)
+            loss, count = _loss(model, batches(step), encoder.pad_id, accelerator.device)
+            count = sum_over_processes(accelerator, count)
+            accelerator.backward(loss / count * accelerator.num_processes)
+            grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
             if not math.isfinite(grad_norm):
                 raise TrainingStopped(f"pretrain: the gradient of step {step + 1} is not finite (loss {loss.item()}); the last good weights are in "
                                       f"{stage.checkpoints}; lower pretrain.lr, now {settings.lr}")
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - began
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            seen += int(count)
             if (step + 1) % 10 == 0 or step + 1 == settings.steps:
-                figures = dict(loss=loss.item(), lr=lr, grad_norm=float(grad_norm), seconds=seconds, tokens_per_second=tokens / seconds)
-                if (step + 1) % 100 == 0 or step + 1 == settings.steps:
-                    figures["eval_loss"] = _eval_loss(accelerator, model, held_out)
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                mean = (sum_over_processes(accelerator, loss.detach()) / count).item()
+                figures = dict(loss=mean, lr=share * settings.lr, grad_norm=grad_norm, tokens_per_second=seen / seconds)
+                if (step + 1) % 200 == 0 or step + 1 == settings.steps:
+                    figures["eval_loss"] = _eval_loss(model, held_out, encoder.pad_id, accelerator.device)
                 stage.log(step + 1, **figures)
-            bar.update(step + 1, loss=loss.item(), tokens_per_second=int(tokens / seconds))
+                bar.update(step + 1, loss=mean, tokens_per_second=int(seen / seconds))
+                seen = 0
             if (step + 1) % config.run.save_every == 0 and step + 1 < settings.steps:
                 save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints)
 
-    eval_loss = _eval_loss(accelerator, model, held_out)
+    eval_loss = _eval_loss(model, held_out, encoder.pad_id, accelerator.device)
     if stage.main:
         with replacing_folder(stage.model) as folder:
             save_model(accelerator.unwrap_model(model), encoder, folder)
@@ -102,42 +112,60 @@ def _tokenizer(stage, text: Path, vocab_size: int) -> Encoder:
     return load_encoder(str(folder))
 
 
-def _packed(path: Path, encoder: Encoder, block: int) -> torch.Tensor:
-    """All documents as rows of `block` ids, each document closed by the end token. Raises InputError when they do not fill one row."""
-    ids: list[int] = []
+def _rows(path: Path, encoder: Encoder, block: int) -> list[list[int]]:
+    """Every document with its end token as one row of ids, longer ones in pieces of `block`. Raises InputError when there is nothing to learn."""
+    rows: list[list[int]] = []
     texts = [row["text"] for row in read_jsonl(path)]
     for start_at in range(0, len(texts), 10_000):
-        batch = encoder.tokenizer(texts[start_at : start_at + 10_000], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for document in batch:
-            ids += document
-            ids.append(encoder.eos_id)
-    if len(ids) < block:
-        raise InputError(f"{path}: {len(ids)} tokens of text do not fill one row of pretrain.block={block}; give more text or lower it")
-    return torch.tensor(ids[: len(ids) // block * block], dtype=torch.int32).view(-1, block)
+        chunk = texts[start_at : start_at + 10_000]
+        for ids in encoder.tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+            ids = [*ids, encoder.eos_id]
+            rows += [piece for i in range(0, len(ids), block) if len(piece := ids[i : i + block]) > 1]
+    if not rows and path.stem == "train":
+        raise InputError(f"{path}: no text of at least two tokens to learn from; give data.text")
+    return rows
 
 
-def _batch(rows: torch.Tensor, step: int, batch: int, seed: int, accelerator) -> torch.Tensor:
-    """This process's rows of a step: consecutive in a permutation of all rows drawn anew for every pass."""
-    size = batch * accelerator.num_processes
-    places = torch.arange(step * size, (step + 1) * size)
-    picked = []
-    for epoch in places.div(len(rows), rounding_mode="floor").unique().tolist():
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        picked.append(order[places[places // len(rows) == epoch] % len(rows)])
-    mine = torch.cat(picked)[accelerator.process_index * batch : (accelerator.process_index + 1) * batch]
-    return rows[mine].long()
+def _batches(rows: list[list[int]], budget: int, seed: int, accelerator) -> Callable[[int], list[list[int]]]:
+    """A function step -> this process's rows: a new permutation every pass, rows of like length together, within `budget` padded tokens."""
+    passes: list[list[list[int]]] = []
+
+    def of_step(step: int) -> list[list[int]]:
+        place, number = step * accelerator.num_processes + accelerator.process_index, 0
+        while True:
+            if number == len(passes):
+                passes.append(_one_pass(rows, budget, seed * 1_000_003 + number))
+            if place < len(passes[number]):
+                return [rows[i] for i in passes[number][place]]
+            place -= len(passes[number])
+            number += 1
+
+    return of_step
 
 
-def _loss(model, ids: torch.Tensor) -> torch.Tensor:
-    """Mean loss of the next token, nats."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+def _one_pass(rows: list[list[int]], budget: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    order, batches = torch.randperm(len(rows), generator=generator).tolist(), []
+    for start_at in range(0, len(order), SORTED_ROWS):
+        window = order[start_at : start_at + SORTED_ROWS]
+        batches += [[window[i] for i in group] for group in by_tokens([len(rows[i]) for i in window], budget)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _loss(model, rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over real tokens of -log p of the next one, nats, and their count."""
+    ids_BT = right_pad(rows, pad_id, WIDTH_STEP).to(device)
+    mask_BT = length_mask([len(r) for r in rows], ids_BT.shape[1]).to(device)
+    # No attention mask: padding is on the right, where nothing real looks
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+    losses_N = F.cross_entropy(logits_BTV.float()[mask_BT[:, 1:]], ids_BT[:, 1:][mask_BT[:, 1:]], reduction="none")
+    return losses_N.sum(), mask_BT[:, 1:].sum()
 
 
 @torch.no_grad()
-def _eval_loss(accelerator, model, rows: torch.Tensor) -> float:
-    total = sum(_loss(model, rows[i : i + 16].long().to(accelerator.device)) * len(rows[i : i + 16]) for i in range(0, len(rows), 16))
-    return (sum_over_processes(accelerator, total) / accelerator.num_processes / len(rows)).item()
+def _eval_loss(model, rows: list[list[int]], pad_id: int, device) -> float:
+    sums = [_loss(model, [rows[i] for i in group], pad_id, device) for group in by_tokens([len(r) for r in rows], 8192)]
+    return (sum(loss for loss, _ in sums) / sum(count for _, count in sums)).item()
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from rlhf.jsonl import read_jsonl, replacing_folder, write_json
 from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, load_reward_model, parameter_count, save_model
 from rlhf.progress import say
 from rlhf.prompts import load_prompts
-from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation
+from rlhf.rankings import encode_rankings, evaluate_rankings, fp32_head, init_reward_head, judge_share, normalisation
 from rlhf.runs import Stage, file_digest, open_stage
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import RewardModelScorer, raw_scores
-from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, quiet_libraries
+from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoint, quiet_libraries
 
 JUDGE_SEED = 7777  # added to the seed of the members
 
@@ -59,6 +59,8 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     say(f"{stage.name}: {settings.epochs:g} x {len(train):,} prompts / {settings.batch_size} = {steps:,} steps; "
         f"{answers / len(train):.1f} answers a prompt, each through the model once")
 
+    finished = sum(folder.is_dir() for folder in folders)
+    stage.forget_after(finished * steps + last_checkpoint(_checkpoints(stage, finished))[1])
     samples = None
     for member, (seed, folder) in enumerate(zip(seeds, folders, strict=True)):
         if folder.is_dir():
@@ -81,8 +83,8 @@ def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> lis
     rows = [row for row in read_jsonl(path) if not training or judge_share(row["id"], limits.judge_fraction) == (stage.name == "judge")]
     kept, dropped = encode_rankings(rows, encoder, limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties)
     if dropped:
-        say(f"{stage.name}: {dropped:,} of {len(rows):,} {path.stem} rankings left out: longer than data.max_prompt_tokens={limits.max_prompt_tokens} or "
-            f"data.max_completion_tokens={limits.max_completion_tokens}, or all answers tied")
+        say(f"{stage.name}: {dropped:,} of {len(rows):,} {path.stem} rankings left out: longer than data.max_prompt_tokens="
+            f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}, or all answers tied")
     if training and not kept:
         raise InputError(f"{path}: none of {len(rows)} rankings is left for {stage.name} (data.judge_fraction={limits.judge_fraction}, "
                          f"data.max_prompt_tokens={limits.max_prompt_tokens}, data.max_completion_tokens={limits.max_completion_tokens}, "
@@ -94,6 +96,7 @@ def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: l
     """One reward model, trained; its head is drawn anew unless `source` already is a sequence classifier (CANON R1)."""
     settings, attention = config.reward, attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
     reward_model = load_reward_model(source, encoder, attention, config.model.trust_remote_code)
+    fp32_head(reward_model)
     reward_model.config.use_cache = False
     reward_model.config.reward_gain, reward_model.config.reward_bias = 1.0, 0.0
     if not any(name.endswith("ForSequenceClassification") for name in reward_model.config.architectures or []):
@@ -101,11 +104,15 @@ def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: l
     say(f"{stage.name}: {parameter_count(reward_model) / 1e6:.1f}M parameters, seed {seed}")
     reward_model = add_lora(reward_model, config.model.lora_rank, config.model.lora_alpha, "SEQ_CLS")
     recipe = Recipe("reward", steps, settings.batch_size, settings.microbatch, settings.lr, "linear", seed, precision(config.run.precision))
-    checkpoints = stage.checkpoints / f"member_{member}"
-    trainer = RankingTrainer(reward_model, train, encoder, recipe, config.run, checkpoints, settings.ties)
-    trainer.follow(stage, config.run.keep_checkpoints, stage.name, member * steps, **({"member": member} if settings.members > 1 else {}))
+    trainer = RankingTrainer(reward_model, train, encoder, recipe, config.run, _checkpoints(stage, member), settings.ties)
+    figures = {"member": member} if settings.members > 1 and stage.name == "reward" else {}
+    trainer.follow(stage, config.run.keep_checkpoints, stage.name, member * steps, **figures)
     trainer.run()
     return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def _checkpoints(stage: Stage, member: int) -> Path:
+    return stage.checkpoints / f"member_{member}"
 
 
 def _sft_samples(config: Config, sft: str, accelerator) -> tuple[list, list, Encoder]:
@@ -142,6 +149,7 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
     totals, normalised = torch.zeros(len(answers)), []
     for folder in folders:
         model = load_reward_model(str(folder), encoder, attention_kernel(config.model.attention, accelerator.device), config.model.trust_remote_code)
+        fp32_head(model)
         normalised.append({"gain": model.config.reward_gain, "bias": model.config.reward_bias})
         with accelerator.autocast():
             totals += raw_scores(model.to(accelerator.device).eval(), answers, encoder.pad_id)
@@ -149,9 +157,9 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
     seen = len(rows) - len(held_out)
     figures, on_train = _figures(held_out, scores[seen:], config.reward.ties), _figures(rows[:seen], scores[:seen], config.reward.ties)
     steps = count_steps(len(train), config.reward.batch_size, config.reward.epochs)
-    training = {"prompts": len(train), "answers": sum(len(row["completions"]) for row in train), "steps": steps}
-    kept = {name: on_train[name] for name in ("accuracy", "loss", "pairs")} if on_train else {}
-    write_json(stage.folder / "metrics.json", {"eval": figures, "train": {**training, **kept}, "normalisation": normalised[0], "members": len(folders)})
+    training = {"prompts": len(train), "answers": sum(len(row["completions"]) for row in train), "steps": steps,
+                **({name: on_train[name] for name in ("accuracy", "loss", "pairs")} if on_train else {})}
+    write_json(stage.folder / "metrics.json", {"eval": figures, "train": training, "normalisation": normalised[0], "members": len(folders)})
     if figures is None:
         say(f"{stage.name}: no held-out pairs to measure on; model in {folders[0]}")
     else:

@@ -25,7 +25,7 @@ from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, p
 from rlhf.passes import by_tokens, make_rows, policy_pass
 from rlhf.progress import say
 from rlhf.runs import open_stage
-from rlhf.trl_trainers import DemonstrationTrainer, Recipe, count_steps, quiet_libraries
+from rlhf.trl_trainers import DemonstrationTrainer, Recipe, count_steps, last_checkpoint, quiet_libraries
 
 EVAL_TOKENS = 8192  # in memory at once
 
@@ -53,6 +53,7 @@ def main(config: Config) -> None:
     recipe = Recipe("sft", steps, settings.batch_size, settings.microbatch, settings.lr, "cosine", config.seed, precision(config.run.precision))
     trainer = DemonstrationTrainer(policy, train, encoder, recipe, config.run, stage.checkpoints, settings.lm_loss_weight)
     trainer.follow(stage, config.run.keep_checkpoints, "sft")
+    stage.forget_after(last_checkpoint(stage.checkpoints)[1])
     trainer.run()
 
     if stage.main:

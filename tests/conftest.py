@@ -12,6 +12,7 @@ import socket
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from rlhf import world
 from rlhf.encoding import Encoder
@@ -24,6 +25,14 @@ CONTEXT, VOCABULARY = 256, 600  # tokens
 def one_thread():
     """Tiny models lose from threads (255 s became 10 s on two busy cores); stages that run inside a test set their own number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_accelerate():
+    """accelerate keeps one state per process, and refuses another precision after the first: each file of tests starts anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)

@@ -206,7 +206,7 @@ def test_R4_every_prompt_weighs_the_same_whatever_its_k():
     torch.testing.assert_close(rewards.grad, torch.tensor([[-0.5, 0.5, 0, 0], [-0.25, -0.25 / 3, 0.25 / 3, 0.25]], dtype=F64))
 
 
-def test_R4_empty_places_reach_neither_loss_nor_gradient():
+def test_R4_A4_empty_places_reach_neither_loss_nor_gradient():
     ranks = torch.tensor([[2, 1, 0], [1, 3, 2]])
     results = []
     for fill in (0.0, NAN):

@@ -8,8 +8,10 @@ from rlhf.world.lookups import kinds
 from rlhf.world.prompts import FAMILIES, Request, draw, parse
 
 WRONG_SHARE = 0.2  # of the flaws: the worst one of the family (wrong, fabricates, complies)
-CONVERSATION_SHARE = 0.5  # of the plain text: a question with its answer
+CONVERSATION_SHARE = 0.55  # of the plain text: a question with its answer
+RETELLING_SHARE = 0.2  # of the plain text: something said, and said again by somebody else; what teaches a model to copy
 SMALL_TALK_SHARE = 0.04
+RETELLINGS = ("{name} said: {said} {name2} heard: {said}", "{name} wrote: {said} {name2} read it: {said}", "{said} Yes, {said}", "{said} {said}")
 CONVERSATIONS = ("Question: {prompt} Answer: {answer}", "Q: {prompt} A: {answer}", "Somebody asked: {prompt} The reply was: {answer}")
 
 
@@ -77,23 +79,37 @@ def write_text(n_documents: int, seed: int, flaw_rate: float = 0.05) -> list[str
 
 
 def _document(family: Family, rng: random.Random, flaw_rate: float) -> str:
-    """One document: a conversation, statements, or small talk."""
+    """One document: a conversation, a retelling, statements, or small talk."""
     share = rng.random()
     if share < SMALL_TALK_SHARE:
         return _small_talk(rng)
     if share < SMALL_TALK_SHARE + CONVERSATION_SHARE:
         return _conversation(family, rng, flaw_rate)
+    if share < SMALL_TALK_SHARE + CONVERSATION_SHARE + RETELLING_SHARE:
+        return _retelling(family, rng)
     return " ".join(rng.choice(family.statements(family.draw(rng))) for _ in range(rng.choice((1, 2, 2, 3))))
 
 
 def _conversation(family: Family, rng: random.Random, flaw_rate: float) -> str:
     """A question of the training split with its answer."""
+    prompt, request = _training_prompt(family, rng)
+    answer = _answer(request, rng, flaw_rate)
+    return rng.choice(CONVERSATIONS).format(prompt=prompt, answer=answer)
+
+
+def _training_prompt(family: Family, rng: random.Random) -> tuple[str, Request]:
+    """A prompt of the family's training split with what it asks for."""
     drawn = None
     while drawn is None:
         drawn = draw(family, "train", rng)
-    prompt, request = drawn
-    answer = _answer(request, rng, flaw_rate)
-    return rng.choice(CONVERSATIONS).format(prompt=prompt, answer=answer)
+    return drawn
+
+
+def _retelling(family: Family, rng: random.Random) -> str:
+    """A statement or a question of the training split, retold word for word."""
+    said = rng.choice(family.statements(family.draw(rng))) if rng.random() < 0.5 else _training_prompt(family, rng)[0]
+    name, name2 = rng.sample(table("manners")["names"], 2)
+    return rng.choice(RETELLINGS).format(name=name, name2=name2, said=said)
 
 
 def _small_talk(rng: random.Random) -> str:

@@ -1,0 +1,272 @@
+"""Talk to any stage's model in the terminal, or to two side by side on the same prompt.
+
+    rlhf chat                               # the furthest stage of runs/quickstart
+    rlhf chat --model ppo --against sft     # two models answer the same prompt
+    echo "What is seven plus five?" | rlhf chat
+
+/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer that is being written.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from transformers.utils import logging
+
+from rlhf.cli import guarded
+from rlhf.compute import threads_per_process
+from rlhf.config import config_from_tree
+from rlhf.errors import EXIT_INTERRUPTED, InputError
+from rlhf.jsonl import read_jsonl
+from rlhf.models import attention_kernel, load_encoder, load_policy, parameter_count
+from rlhf.sampling import draw_uniforms, sample
+
+SPEAKING = ("ppo", "sft", "pretrain")  # stages whose models write, the furthest first
+SMALL = 50_000_000  # parameters; below, a second thread costs more than it gives (one row at a time: 0.06 s became 2 s on a busy machine)
+WIDE = 80  # columns of a terminal from which two answers stand side by side
+CONTROL = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC and other strings: window title, clipboard, links
+    r"|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all else but newline and tab
+    r"|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # direction overrides, which show text in another order than it has
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `rlhf chat`; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    interrupted = False
+
+    def talk():
+        nonlocal interrupted
+        try:
+            _chat(arguments)
+        except KeyboardInterrupt:  # a chat has nothing to go on from, so it ends without the stages' advice
+            interrupted = True
+            print()
+        except BrokenPipeError:  # whoever read the answers has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    code = guarded(talk)
+    return EXIT_INTERRUPTED if interrupted else code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `rlhf chat`."""
+    options = argparse.ArgumentParser(prog="rlhf chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--run", default="runs/quickstart", help="run folder (default: runs/quickstart)")
+    options.add_argument("--model", help="a stage of the run (pretrained, sft, ppo), a model folder or a hub id (default: the furthest stage)")
+    options.add_argument("--against", metavar="MODEL", help="a second model that answers the same prompts")
+    options.add_argument("--temperature", type=_number(float, 0.001, 100), default=1.0,
+                         help="divides the logits: 1 is what compare measures, 0.001 nearly always the likeliest token (default: 1)")
+    options.add_argument("--max-tokens", type=_number(int, 1, 1 << 20), default=128, help="longest answer, tokens (default: 128)")
+    options.add_argument("--seed", type=int, default=1, help="the same seed and the same prompts give the same answers (default: 1)")
+    options.add_argument("--history", choices=("auto", "keep", "none"), default="auto",
+                         help="keep: a model reads the turns before; auto: unless the run was trained on single questions alone (default: auto)")
+    return options
+
+
+def _number(kind, low, high):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"found {text!r}, wanted a number from {low} to {high}")
+        return value
+    return parse
+
+
+class Speaker:
+    """A model with its own memory of the conversation."""
+
+    def __init__(self, label: str, source: str, keeps_history: bool):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.label, self.keeps_history = label, keeps_history
+        self.encoder = load_encoder(source)
+        self.policy = load_policy(source, self.encoder, attention_kernel("auto", device)).to(device).eval()
+        self.context: int = getattr(self.policy.config.get_text_config(), "max_position_embeddings", 2048)
+        self.messages: list[dict] = []
+
+    def answer(self, text: str, max_tokens: int, temperature: float, *seeds: int) -> str:
+        """The model's reply to the conversation with `text` as its next turn, made safe to print. Raises InputError when it does not fit."""
+        messages, prompt = self._fitting([*self.messages, {"role": "user", "content": text}], min(max_tokens, self.context // 2))
+        uniforms_BC = draw_uniforms(1, min(max_tokens, self.context - len(prompt)), *seeds)
+        completion = sample(self.policy, [prompt], uniforms_BC, self.encoder, temperature, 1)[0]
+        said = self.encoder.decode(completion)
+        if self.keeps_history:
+            self.messages = [*messages, {"role": "assistant", "content": said}]
+        return printable(said) + ("" if self.encoder.ended(completion) else " [...]")
+
+    def _fitting(self, messages: list[dict], room: int) -> tuple[list[dict], list[int]]:
+        """The newest turns whose ids leave `room` for an answer; the oldest question leaves first, with its answer."""
+        while len(prompt := self.encoder.prompt_ids(messages)) + room > self.context and len(messages) > 1:
+            messages = messages[2:]
+        if len(prompt) >= self.context:
+            raise InputError(f"that is {len(prompt)} tokens, and {self.label} reads {self.context} at most; say it shorter")
+        return messages, prompt
+
+
+def _chat(arguments) -> None:
+    logging.disable_progress_bar()
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # bytes that are no text, letters that the terminal lacks: no reason to end
+    run = Path(arguments.run)
+    named = [find_model(name, run) for name in (arguments.model, arguments.against)[: 1 if arguments.against is None else 2]]
+    keeps = arguments.history == "keep" or (arguments.history == "auto" and not _single_questions(run))
+    labels = [label for label, _ in named]
+    speakers = [Speaker(label if labels.count(label) == 1 else source, source, keeps) for label, source in named]
+    torch.set_num_threads(1 if max(parameter_count(s.policy) for s in speakers) < SMALL else threads_per_process(0))
+    typed = sys.stdin.isatty()
+    if typed:
+        print(f"You are talking to {' and '.join(s.label for s in speakers)}. /reset forgets the conversation, /quit or Ctrl-D ends it."
+              + ("" if keeps else "\nEvery question starts anew: this run was trained on single questions (--history keep changes that)."))
+    for number, text in enumerate(_turns(speakers, typed)):
+        answers = _answers(speakers, text, arguments, number, typed)
+        if answers is not None:
+            print(layout(answers, shutil.get_terminal_size().columns) if sys.stdout.isatty() else plain(answers), flush=True)
+
+
+def _turns(speakers: list[Speaker], typed: bool) -> Iterator[str]:
+    """What the person says, line by line, commands carried out."""
+    if typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives input() its line editing
+    while True:
+        try:
+            line = input("\nyou: " if typed else "").strip()
+        except EOFError:
+            if typed:
+                print()
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            for speaker in speakers:
+                speaker.messages = []
+            if typed:
+                print("The conversation is forgotten.")
+        elif line:
+            yield line
+
+
+def _answers(speakers: list[Speaker], text: str, arguments, number: int, typed: bool) -> list[tuple[str, str]] | None:
+    """Everyone's answer by label; None when the person stopped it or it could not be given. Raises InputError when nobody types."""
+    live = typed and sys.stdout.isatty()
+    before = [speaker.messages for speaker in speakers]
+    if live:
+        print("...", end="", flush=True)
+    try:
+        return [(s.label, s.answer(text, arguments.max_tokens, arguments.temperature, arguments.seed, number)) for s in speakers]
+    except (KeyboardInterrupt, InputError) as stopped:
+        if not typed:
+            raise
+        for speaker, messages in zip(speakers, before, strict=True):
+            speaker.messages = messages
+        print("\r" + (str(stopped) or "Stopped; that question is forgotten."))
+        return None
+    finally:
+        if live:
+            print("\r\033[K", end="")
+
+
+def find_model(name: str | None, run: Path) -> tuple[str, str]:
+    """(label, folder or hub id) of a model; `name` is a stage of the run, a folder, a .gguf file or a hub id. Raises InputError."""
+    made = [stage for stage in SPEAKING if (run / stage / "model").is_dir()]
+    if name is None and not made:
+        raise InputError(f"{run} holds no model yet; `rlhf pipeline run.dir={run}` makes them; or name another --run or --model")
+    name = name or made[0]
+    for folder in (run / name / "model", Path(name) / "model", Path(name)):
+        if folder.suffix == ".gguf" and folder.is_file():
+            return folder.name, str(folder)
+        if (folder / "config.json").is_file():
+            _refuse_scorer(name, folder)
+            return (folder.parent.name if folder.name == "model" else folder.name), str(folder)
+    if name in ("pretrained", "pretrain"):
+        return "pretrained", _pretrained(run)
+    if name in SPEAKING:
+        raise InputError(f"--model {name}: {run / name / 'model'} is not there; `rlhf {name} run.dir={run}` makes it after the stages before it, "
+                         f"`rlhf pipeline run.dir={run}` makes all")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
+        return name, name
+    raise InputError(f"--model {name}: no such model; {run} has {', '.join(made) or 'none yet'}; wanted a stage, a folder or a hub id")
+
+
+def _refuse_scorer(name: str, folder: Path) -> None:
+    """A reward model would load as a writer whose words mean nothing. Raises InputError."""
+    kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    if any("SequenceClassification" in kind for kind in kinds):
+        raise InputError(f"--model {name}: {folder} holds a reward model, which scores answers and writes none; wanted sft, ppo or another writer")
+
+
+def _pretrained(run: Path) -> str:
+    """The backbone that pretrain left, or that model.init names. Raises InputError."""
+    if (run / "pretrain" / "model").is_dir():
+        return str(run / "pretrain" / "model")
+    for file in sorted(run.glob("*/config.yaml")):
+        config = config_from_tree(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+        if config.model.init is not None:
+            return config.model.init
+    raise InputError(f"--model pretrained: {run / 'pretrain' / 'model'} is not there; `rlhf pretrain run.dir={run}` makes it, after `rlhf prepare`")
+
+
+def _single_questions(run: Path) -> bool:
+    """True when the run's demonstrations are known and hold no earlier turns: its models never saw a second question."""
+    demonstrations = run / "data" / "demonstrations" / "train.jsonl"
+    return demonstrations.is_file() and all(len(row["prompt"]) == 1 for row in islice(read_jsonl(demonstrations), 500))
+
+
+def printable(text: str) -> str:
+    """`text` without anything that a terminal would obey: control sequences go, newlines and tabs stay."""
+    return CONTROL.sub("", text.replace("\r\n", "\n"))
+
+
+def plain(answers: list[tuple[str, str]]) -> str:
+    """Answers for a file or a pipe: one alone as it is, several each behind its label."""
+    return answers[0][1] if len(answers) == 1 else "\n".join(f"{label}: {text}" for label, text in answers)
+
+
+def layout(answers: list[tuple[str, str]], width: int) -> str:
+    """Answers for a terminal of `width` columns: two side by side where there is room, else one under the other."""
+    if len(answers) == 1 or width < WIDE:
+        return "\n".join(line for label, text in answers for line in wrapped(f"{label}: {text}", width))
+    column = (width - 3) // 2
+    left, right = ([label, "-" * column, *wrapped(text, column)] for label, text in answers)
+    rows = max(len(left), len(right))
+    pairs = zip(left + [""] * (rows - len(left)), right + [""] * (rows - len(right)), strict=True)
+    return "\n".join(f"{a}{' ' * (column - cells(a))} | {b}".rstrip() for a, b in pairs)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width` columns, broken at spaces, or anywhere in what has none (a long word, Chinese)."""
+    lines = []
+    for paragraph in text.expandtabs(4).split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            if not line or cells(line) + 1 + cells(word) <= width:
+                line = f"{line} {word}" if line else word
+            else:
+                lines.append(line)
+                line = word
+            while cells(line) > width:
+                fits = next(n for n in range(len(line), 0, -1) if cells(line[:n]) <= width or n == 1)
+                lines.append(line[:fits])
+                line = line[fits:]
+        lines.append(line)
+    return lines
+
+
+def cells(text: str) -> int:
+    """Columns that `text` takes in a terminal: two for a wide character, none for a combining one."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -1,0 +1,267 @@
+"""What a person can get wrong, through the command line: exit code, one message with thing and remedy, no traceback, nothing overwritten."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from rlhf.cli import STAGES, guarded, main, run_stage
+from rlhf.errors import InputError, TrainingStopped
+from rlhf.models import save_model
+from rlhf.paths import PACKAGE
+from tests.helpers import nano, tiny_encoder
+
+SMALL = ["--config", "configs/tiny.yaml", "world.documents=40", "world.demonstrations=40", "world.prompts=40", "world.test_prompts=10"]
+
+
+@pytest.fixture
+def ends(capsys):
+    """Runs `rlhf WORDS...` in this process; checks the exit code and that the error is one message; returns it."""
+    def run(code, *words):
+        try:
+            found = main(list(words))
+        except SystemExit as stop:  # argparse
+            found = stop.code
+        captured = capsys.readouterr()
+        assert found == code, captured
+        assert "Traceback" not in captured.err + captured.out
+        if code == 2 and "usage:" not in captured.err:
+            assert captured.err.startswith("error: ") and captured.err.count("error: ") == 1
+        return captured.err if code else captured.out
+    return run
+
+
+def tree(folder):
+    """Every file below a folder, with content and time."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def demonstration(i):
+    return {"prompt": f"Question number {i}?", "completion": f"Answer {i}."}
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# The command line itself
+
+def test_help_of_every_stage_says_what_it_reads_and_every_setting(ends):
+    for stage in STAGES:
+        said = ends(0, stage, "--help")
+        assert f"python -m stages.{stage}" in said and "ppo.kl_coef=" in said and "configs/quickstart.yaml" in said
+    assert "prepare pretrain sft collect reward ppo compare pipeline" in ends(0)
+
+
+@pytest.mark.parametrize("words", [["ppoo"], ["ppo", "--no-such-flag"], ["ppo", "--config"]])
+def test_an_unknown_command_or_flag_ends_with_2(ends, words):
+    said = ends(2, *words)
+    assert words[-1] in said or "--config" in said
+
+
+def test_settings_may_stand_on_both_sides_of_the_flags(tmp_path):
+    seen = []
+    code = run_stage(seen.append, "doc", ["ppo.lr=0.5", "--config", "configs/tiny.yaml", f"run.dir={tmp_path}", "--quiet", "seed=9"])
+    os.environ.pop("RLHF_QUIET")
+    assert code == 0 and (seen[0].ppo.lr, seen[0].run.dir, seen[0].seed) == (0.5, str(tmp_path), 9)
+
+
+# Wrong settings and files
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["ppo.kl_coeff=1"], ["ppo.kl_coeff", "Did you mean ppo.kl_coef?"]),
+    (["ppo.lr=fast"], ["ppo.lr", "'fast'", "float"]),
+    (["--config", "no/such.yaml"], ["no/such.yaml", "configs/quickstart.yaml"]),
+])
+def test_wrong_settings_are_named(ends, tmp_path, words, says):
+    said = ends(2, "prepare", f"run.dir={tmp_path / 'run'}", *words)
+    assert all(word in said for word in says)
+    assert not (tmp_path / "run").exists()
+
+
+def prepare(ends, tmp_path, code, *words):
+    return ends(code, "prepare", "--config", "configs/tiny.yaml", f"run.dir={tmp_path / 'run'}", *words)
+
+
+def test_a_data_file_that_is_not_there_is_named(ends, tmp_path):
+    said = prepare(ends, tmp_path, 2, f"data.demonstrations={tmp_path / 'missing.jsonl'}")
+    assert str(tmp_path / "missing.jsonl") in said
+    assert not list((tmp_path / "run").rglob("*.jsonl")) and not (tmp_path / "run" / "prepare" / "DONE").exists()
+    right = write_lines(tmp_path / "right.jsonl", map(demonstration, range(60)))
+    prepare(ends, tmp_path, 0, f"data.demonstrations={right}")  # the corrected command is not held to be another experiment
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+def test_an_empty_data_file_is_named(ends, tmp_path, content):
+    file = tmp_path / ("empty.json" if content == "[]" else "empty.jsonl")
+    file.write_text(content)
+    said = prepare(ends, tmp_path, 2, f"data.demonstrations={file}")
+    assert str(file) in said
+    assert not (tmp_path / "run" / "prepare" / "DONE").exists()
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_bytes(b"\xff\xfe\x00\x01"),
+                                  lambda p: p.write_text('{"colour": "red", "size": 3}\n' * 5)])
+def test_a_data_file_that_cannot_be_understood_is_named(ends, tmp_path, make):
+    file = tmp_path / "mine.jsonl"
+    make(file)
+    assert str(file) in prepare(ends, tmp_path, 2, f"data.demonstrations={file}")
+
+
+def test_a_gzip_file_that_was_cut_is_named(ends, tmp_path):
+    file = tmp_path / "mine.jsonl.gz"
+    whole = gzip.compress(b"".join(json.dumps(demonstration(i)).encode() + b"\n" for i in range(300)))
+    file.write_bytes(whole[: len(whole) // 2])
+    assert str(file) in prepare(ends, tmp_path, 2, f"data.demonstrations={file}")
+
+
+def test_a_last_line_that_was_cut_is_dropped_aloud(ends, tmp_path):
+    file = write_lines(tmp_path / "mine.jsonl", map(demonstration, range(60)))
+    file.write_text(file.read_text() + '{"prompt": ')
+    assert "malformed JSON" in prepare(ends, tmp_path, 0, f"data.demonstrations={file}")
+    reasons = json.loads((tmp_path / "run" / "data" / "drops.json").read_text())[0]["dropped"]
+    assert reasons == {"malformed JSON": {"rows": 1, "where": {str(file): [61]}}}
+
+
+def test_data_that_leaves_nothing_to_train_on_is_refused(ends, tmp_path):
+    file = write_lines(tmp_path / "one.jsonl", [{"prompt": "", "completion": ""}])
+    said = prepare(ends, tmp_path, 2, f"data.demonstrations={file}")
+    assert str(file) in said and not (tmp_path / "run" / "prepare" / "DONE").exists()
+
+
+def test_prompts_alone_are_refused_with_what_is_missing(ends, tmp_path):
+    file = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"Question {i}?"} for i in range(30)])
+    assert "data.demonstrations" in prepare(ends, tmp_path, 2, f"data.prompts={file}")
+
+
+# The order of stages, and folders of other experiments
+
+@pytest.mark.parametrize(("stage", "parent"), [("pretrain", "prepare"), ("sft", "prepare"), ("collect", "prepare"), ("reward", "prepare"),
+                                               ("ppo", "prepare")])
+def test_a_stage_before_its_parents_names_the_first_one_missing(ends, tmp_path, stage, parent):
+    said = ends(2, stage, *SMALL, f"run.dir={tmp_path / 'run'}")
+    assert f"{stage} needs the finished stage {parent}" in said and f"python -m stages.{parent}" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_compare_without_its_policies_names_the_stage_that_makes_one(ends, tmp_path):
+    said = ends(2, "compare", *SMALL, f"run.dir={tmp_path / 'run'}")
+    assert "compare.policies names ppo" in said and "python -m stages.ppo" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backbone_that_is_not_there_is_named(ends, tmp_path):
+    words = [*SMALL, f"run.dir={tmp_path / 'run'}", f"model.init={tmp_path / 'nothing'}"]
+    ends(0, "prepare", *words)
+    ends(0, "pretrain", *words)  # skipped
+    assert str(tmp_path / "nothing") in ends(2, "sft", *words)
+
+
+def test_a_score_function_that_is_not_there_is_named(ends, tmp_path):
+    words = [*SMALL, f"run.dir={tmp_path / 'run'}", "ppo.score=no_such_module:f"]
+    ends(0, "prepare", *words)
+    run = tmp_path / "run"
+    (run / "sft").mkdir()
+    (run / "sft" / "DONE").write_text("{}")
+    save_model(nano(tiny_encoder()), tiny_encoder(), run / "sft" / "model")
+    assert "no_such_module" in ends(2, "ppo", *words)
+
+
+def test_a_folder_of_another_experiment_is_refused_and_stays_as_it_was(ends, tmp_path):
+    words = [*SMALL, f"run.dir={tmp_path / 'run'}"]
+    ends(0, "prepare", *words)
+    before = tree(tmp_path / "run")
+    said = ends(2, "prepare", *words, "world.flaw_rate=0.9")
+    assert "world.flaw_rate was 0.5 and is now 0.9" in said and "run.dir" in said
+    assert "seed was 1 and is now 2" in ends(2, "prepare", *words, "seed=2")
+    assert "already done" in ends(0, "prepare", *words)
+    assert tree(tmp_path / "run") == before
+
+
+def test_an_input_file_that_changed_after_prepare_is_noticed(ends, tmp_path):
+    file = write_lines(tmp_path / "mine.jsonl", map(demonstration, range(60)))
+    prepare(ends, tmp_path, 0, f"data.demonstrations={file}")
+    write_lines(file, map(demonstration, range(61)))
+    before = tree(tmp_path / "run")
+    assert f"the input {file} has changed" in prepare(ends, tmp_path, 2, f"data.demonstrations={file}")
+    assert tree(tmp_path / "run") == before
+
+
+# Places that cannot be written, and runs that are busy
+
+def test_a_run_dir_that_is_a_file_is_named(ends, tmp_path):
+    (tmp_path / "run").write_text("my notes")
+    assert str(tmp_path / "run") in prepare(ends, tmp_path, 2)
+    assert (tmp_path / "run").read_text() == "my notes"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_run_dir_without_permission_is_named(ends, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert str(tmp_path / "run") in prepare(ends, tmp_path, 2)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+WAIT = """
+import sys, time
+from pathlib import Path
+from rlhf.cli import run_stage
+from rlhf.runs import open_stage
+
+def main(config):
+    open_stage("prepare", config)
+    print("working", flush=True)
+    time.sleep(60)
+
+sys.exit(run_stage(main, "doc"))
+"""
+
+
+@pytest.fixture
+def busy(tmp_path):
+    """A process that works on the run until it is stopped."""
+    process = subprocess.Popen([sys.executable, "-c", WAIT, "--config", "configs/tiny.yaml", f"run.dir={tmp_path / 'run'}"], cwd=PACKAGE.parent,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
+    assert process.stdout.readline() == "working\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_run_that_another_process_works_on_is_refused_by_its_pid(ends, tmp_path, busy):
+    assert f"process {busy.pid} works on this run" in prepare(ends, tmp_path, 2)
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(busy):
+    busy.send_signal(signal.SIGINT)
+    _, said = busy.communicate(timeout=20)
+    assert busy.returncode == 130
+    assert "the same command goes on" in said and "Traceback" not in said
+
+
+# How each way of ending is told
+
+def raising(error):
+    def action():
+        raise error
+    return action
+
+
+@pytest.mark.parametrize(("action", "code", "says"), [
+    (lambda: None, 0, ""), (raising(InputError("x.jsonl:3: found a, wanted b")), 2, "error: x.jsonl:3: found a, wanted b\n"),
+    (raising(TrainingStopped("ppo: no gradient")), 3, "error: ppo: no gradient\n"),
+    (raising(KeyboardInterrupt()), 130, "\ninterrupted: the same command goes on from the last checkpoint\n")])
+def test_exit_codes_and_messages(capsys, action, code, says):
+    assert guarded(action) == code and capsys.readouterr().err == says
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0)

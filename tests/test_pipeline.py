@@ -1,0 +1,147 @@
+"""The whole pipeline on configs/tiny.yaml, its files and schemas (DESIGN), resuming, and two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.config import load_config
+from rlhf.jsonl import read_jsonl
+from rlhf.runs import file_digest
+from stages import pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "configs/tiny.yaml"
+STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    pipeline.main(load_config(TINY, [f"run.dir={folder}"]))
+    return folder
+
+
+def launch(*words: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml", "-m"]
+    return subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def test_every_stage_leaves_its_folder(run):
+    for stage in STAGES:
+        for name in ("config.yaml", "manifest.json", "DONE"):
+            assert (run / stage / name).is_file(), f"{stage}/{name}"
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert (run / stage / "metrics.jsonl").is_file()
+        assert (run / stage / "model" / "model.safetensors").is_file()
+        assert not list((run / stage).rglob("*.bin")) and not list((run / stage / "model").rglob("*.pkl"))
+
+
+def test_models_load_with_the_auto_classes(run):
+    for stage in ("pretrain", "sft", "ppo"):
+        AutoModelForCausalLM.from_pretrained(run / stage / "model")
+        tokenizer = AutoTokenizer.from_pretrained(run / stage / "model")
+        assert tokenizer.chat_template and tokenizer.pad_token_id != tokenizer.eos_token_id
+    config = AutoModelForSequenceClassification.from_pretrained(run / "reward" / "model", num_labels=1).config
+    assert config.reward_gain > 0 and isinstance(config.reward_bias, float)
+
+
+def test_summary_and_metrics_have_the_schema_of_the_contract(run):
+    summary = json.loads((run / "compare" / "summary.json").read_text())
+    assert summary["judge"] == "gold" and summary["n_prompts"] == 40
+    for policy in ("pretrained", "sft", "best_of_4", "ppo"):
+        assert {"gold_mean", "proxy_mean", "kl_mean", "length_mean", "eos_rate", "distinct_2"} <= summary["policies"][policy].keys()
+    row = next(c for c in summary["comparisons"] if (c["a"], c["b"]) == ("ppo", "sft"))
+    assert row["wins"] + row["ties"] + row["losses"] == 40
+    assert row["win_rate"] == pytest.approx((row["wins"] + row["ties"] / 2) / 40)
+    assert row["ci95"][0] <= row["win_rate"] <= row["ci95"][1] and "length_controlled_win_rate" in row
+    metrics = json.loads((run / "reward" / "metrics.json").read_text())["eval"]
+    assert {"accuracy", "ci95", "pairs", "longer_wins_accuracy"} <= metrics.keys()
+    for name in ("report.html", "report.md", "samples.jsonl"):
+        assert (run / "compare" / name).stat().st_size > 1000
+
+
+def test_splits_are_disjoint_by_prompt_in_every_file(run):
+    ids = {split: set() for split in ("train", "eval", "test")}
+    for kind in ("prompts", "demonstrations"):
+        for split in ids:
+            ids[split] |= {row["id"] for row in read_jsonl(run / "data" / kind / f"{split}.jsonl")}
+    assert not ids["train"] & ids["test"] and not ids["train"] & ids["eval"] and not ids["eval"] & ids["test"]
+    ranked = {split: {row["id"] for row in read_jsonl(run / "data" / "preferences" / f"{split}.jsonl")} for split in ("train", "eval")}
+    assert ranked["train"] <= ids["train"] and ranked["eval"] <= ids["eval"]
+
+
+def test_rollouts_are_kept_as_text(run):
+    rows = list(read_jsonl(run / "ppo" / "rollouts" / "00001.jsonl"))
+    assert len(rows) == 32 and {"prompt", "completion", "score", "id", "gold"} <= rows[0].keys()
+
+
+def test_step_0_has_no_kl_and_the_first_ratios_are_1(run):
+    """CANON A1, A2, P8: nothing has moved yet, and sampling, old log-probabilities and update agree (bf16 may round)."""
+    rows = [row for row in read_jsonl(run / "ppo" / "metrics.jsonl") if "first_ratio_error" in row]
+    assert rows[0]["kl"] == 0.0 and rows[0]["kl_k3"] == 0.0
+    assert all(row["first_ratio_error"] < 0.05 for row in rows)
+
+
+def test_a_finished_pipeline_is_not_run_again(run, capsys):
+    before = file_digest(run / "ppo" / "model" / "model.safetensors")
+    pipeline.main(load_config(TINY, [f"run.dir={run}"]))
+    assert "already done" in capsys.readouterr().out
+    assert file_digest(run / "ppo" / "model" / "model.safetensors") == before
+
+
+def test_another_experiment_is_refused_and_nothing_written_over(run):
+    before = {path: path.stat().st_mtime_ns for path in (run / "ppo").rglob("*")}
+    done = launch("stages.ppo", "--config", TINY, f"run.dir={run}", "ppo.lr=0.5")
+    assert done.returncode == 2
+    assert "ppo.lr was 0.0001 and is now 0.5" in done.stderr and "Traceback" not in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "ppo").rglob("*")}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "ppo"])
+def test_a_resumed_stage_ends_with_the_weights_of_one_that_never_stopped(run, tmp_path, stage, monkeypatch):
+    """Stopped right after a checkpoint half way; the same command goes on; fp32 and one thread, so to the bit."""
+    import stages.ppo
+    import stages.pretrain
+
+    module = getattr(stages, stage)
+    settings = ["run.precision=fp32", "run.save_every=20", "ppo.save_every=2"]
+    folders = {}
+    for name in ("whole", "stopped"):
+        folder = folders[name] = tmp_path / name
+        subprocess.run(["cp", "-r", str(run), str(folder)], check=True)
+        for old in (stage, "compare"):
+            subprocess.run(["rm", "-r", str(folder / old)], check=True)
+        config = load_config(TINY, [f"run.dir={folder}", *settings])
+        if name == "stopped":
+            save = module.save_checkpoint
+
+            def save_and_stop(*args, save=save, **kwargs):
+                save(*args, **kwargs)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(module, "save_checkpoint", save_and_stop)
+                module.main(config)
+            assert not (folder / stage / "DONE").exists()
+        module.main(config)
+    digests = {name: file_digest(folder / stage / "model" / "model.safetensors") for name, folder in folders.items()}
+    assert digests["whole"] == digests["stopped"]
+    steps = {name: [row["step"] for row in read_jsonl(folder / stage / "metrics.jsonl")] for name, folder in folders.items()}
+    assert steps["whole"] == steps["stopped"]
+
+
+def test_two_processes_run_every_training_stage(tmp_path):
+    """accelerate launch with gloo on the CPU: pretrain, sft, reward and ppo each with two processes."""
+    folder = tmp_path / "two"
+    done = launch("stages.pipeline", "--config", TINY, f"run.dir={folder}", "run.threads=1", processes=2)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "2 processes on cpu" in done.stdout
+    assert (folder / "compare" / "DONE").is_file()

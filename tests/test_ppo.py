@@ -1,0 +1,534 @@
+"""The PPO update (CANON P3-P12, A1, A4): against a straight-line reference written from the papers' equations, by invariance, and by learning.
+
+The reference runs one unpadded row at a time, knows nothing of masks or microbatches, and is the only place of these tests where a loss is
+written out twice.
+"""
+
+import dataclasses
+import math
+import random
+import types
+
+import pytest
+import torch
+
+import rlhf.ppo
+from rlhf.checkpoints import finished_checkpoints, load_checkpoint, save_checkpoint
+from rlhf.errors import TrainingStopped
+from rlhf.models import load_encoder, load_policy, load_reward_model, save_model
+from rlhf.optimizers import linear_lr, new_optimizer, set_lr
+from rlhf.passes import make_rows, policy_pass
+from rlhf.ppo import MovingAverage, update
+from rlhf.value import new_value_model, ppo_optimizer
+from stages import ppo as stage
+from tests.helpers import collect, cpu, nano, policy_and_value, rough, settings, snapshot, some_prompts, tiny_encoder
+
+ENCODER = tiny_encoder()
+PROMPTS = some_prompts(ENCODER, 12)
+PAD = ENCODER.pad_id
+KINDS = [("separate", False), ("shared", False), ("separate", True), ("shared", True)]
+
+
+def share_of_even_ids(completion):
+    return sum(i % 2 == 0 for i in completion) / len(completion)
+
+
+class Recorder:
+    """In place of an optimizer: keeps the gradients of every step and changes nothing."""
+
+    def __init__(self, model):
+        self.model, self.steps = model, []
+
+    def step(self):
+        self.steps.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+
+    def zero_grad(self):
+        self.model.zero_grad(set_to_none=True)
+
+
+def rollout_of(model, ref=None, **how):
+    return collect(cpu(), model, nano(ENCODER, 9) if ref is None else ref, ENCODER, PROMPTS, share_of_even_ids, **how)
+
+
+def disturbed(rollout, seed=5, old=0.3, values=0.3):
+    """The rollout as if the policy and the values had moved since: ratios and clips are then of every kind."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.where(rollout.mask_BC, torch.randn(rollout.mask_BC.shape, generator=generator), 0.0) for _ in range(2)]
+    return dataclasses.replace(rollout, old_logprobs_BC=rollout.old_logprobs_BC + old * noise[0], values_BC=rollout.values_BC + values * noise[1])
+
+
+def gradients(model, rollout, ptx_rows=(), **changes):
+    """Gradients of a single step over the whole rollout, and the figures."""
+    recorder = Recorder(model)
+    figures = update(cpu(), model, recorder, rollout, settings(minibatches=1, **changes), PAD, seed=0, ptx_rows=ptx_rows)
+    return recorder.steps[0], figures
+
+
+def assert_same_gradients(found, expected, tolerance=1e-5):
+    """Largest and mean difference within `tolerance` of the largest gradient of all weights."""
+    assert found.keys() == expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    differences = torch.cat([(found[n] - expected[n]).abs().flatten() for n in expected])
+    assert scale > 1e-3
+    assert differences.max() <= tolerance * scale * 10 and differences.mean() <= tolerance * scale
+
+
+def straight_line_gradients(model, rollout, value_coef=0.1, clip=0.2, value_clip=0.2, temperature=1.0):
+    """PPO eq. 7 and N+ 18, token by token: the mean over all tokens of both losses, by autograd on unpadded rows."""
+    model.zero_grad(set_to_none=True)
+    terms = []
+    for b, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
+        output = model.policy(input_ids=torch.tensor([prompt + completion]), output_hidden_states=True)
+        trunk = model.value_model.trunk
+        hidden = output.hidden_states[-1] if trunk is None else trunk(input_ids=torch.tensor([prompt + completion])).last_hidden_state
+        for t, token in enumerate(completion):
+            place = len(prompt) + t - 1
+            ratio = (torch.log_softmax(output.logits[0, place].float() / temperature, 0)[token] - rollout.old_logprobs_BC[b, t]).exp()
+            advantage = rollout.advantages_BC[b, t]
+            policy_loss = -torch.minimum(ratio * advantage, ratio.clip(1 - clip, 1 + clip) * advantage)
+            value, old, target = model.value_model.head(hidden[0, place])[0], rollout.values_BC[b, t], rollout.returns_BC[b, t]
+            held = torch.minimum(torch.maximum(value, old - value_clip), old + value_clip)
+            terms.append(policy_loss + value_coef * 0.5 * torch.maximum((value - target) ** 2, (held - target) ** 2))
+    (sum(terms) / len(terms)).backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+# The gradient of one step
+
+@pytest.mark.parametrize(("kind", "lora"), KINDS)
+def test_P3_gradients_are_those_of_the_straight_line_reference(kind, lora):
+    model = policy_and_value(ENCODER, kind, lora)
+    rollout = disturbed(rollout_of(model))
+    found, figures = gradients(model, rollout)
+    assert 0.05 < figures["clip_fraction"] < 0.95  # the disturbance is of the kind that matters
+    assert_same_gradients(found, straight_line_gradients(model, rollout))
+
+
+def test_S1_the_update_divides_logits_by_the_temperature():
+    model = policy_and_value(ENCODER)
+    rollout = disturbed(rollout_of(model, temperature=0.6))
+    found, _ = gradients(model, rollout, temperature=0.6)
+    assert_same_gradients(found, straight_line_gradients(model, rollout, temperature=0.6))
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_P4_microbatches_change_nothing_but_rounding(kind):
+    model = policy_and_value(ENCODER, kind)
+    rollout = disturbed(rollout_of(model))
+    whole, figures = gradients(model, rollout, microbatch_tokens=1_000_000)
+    for budget in (1, 40, 90):
+        parts, same = gradients(model, rollout, microbatch_tokens=budget)
+        assert_same_gradients(parts, whole)
+        assert same == pytest.approx(figures, rel=1e-4, abs=1e-6)
+
+
+def test_P4_a_minibatch_is_divided_by_its_own_tokens():
+    """A long row counts for more than a short one: gradients of two minibatches, weighted by their tokens, are that of both together."""
+    model = policy_and_value(ENCODER)
+    rollout = disturbed(rollout_of(model))
+    seen, original = [], rlhf.ppo._step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlhf.ppo, "_step", lambda a, m, r, rows, *rest: (seen.append(rows), original(a, m, r, rows, *rest))[1])
+        recorder = Recorder(model)
+        update(cpu(), model, recorder, rollout, settings(minibatches=3), PAD, seed=1)
+    tokens = [int(rollout.mask_BC[rows].sum()) for rows in seen]
+    assert len(set(tokens)) > 1
+    weighted = {n: sum(k * s[n] for k, s in zip(tokens, recorder.steps, strict=True)) / sum(tokens) for n in recorder.steps[0]}
+    assert_same_gradients(weighted, gradients(model, rollout)[0])
+
+
+def test_A4_nan_on_padding_reaches_neither_gradients_nor_figures():
+    model = policy_and_value(ENCODER)
+    rollout = disturbed(rollout_of(model))
+    names = ("old_logprobs_BC", "advantages_BC", "values_BC", "returns_BC")
+    poisoned = dataclasses.replace(rollout, **{n: torch.where(rollout.mask_BC, getattr(rollout, n), math.nan) for n in names})
+    (clean, figures), (found, same) = gradients(model, rollout), gradients(model, poisoned)
+    assert same == figures and all(torch.equal(found[n], clean[n]) for n in clean)
+
+
+# What the update reports
+
+def shifted(rollout, log_ratio_BC):
+    """The rollout with old log-probabilities such that the policy's ratios are exp(log_ratio)."""
+    return dataclasses.replace(rollout, old_logprobs_BC=torch.where(rollout.mask_BC, rollout.old_logprobs_BC - log_ratio_BC, 0.0))
+
+
+def test_figures_by_hand():
+    model = policy_and_value(ENCODER)
+    rollout = rollout_of(model)
+    wide = torch.zeros_like(rollout.old_logprobs_BC)
+    wide[:, 0] = math.log(1.5)  # one token of each row
+    _, figures = gradients(model, shifted(rollout, wide))
+    tokens = int(rollout.mask_BC.sum())
+    assert figures["clip_fraction"] == pytest.approx(12 / tokens, rel=1e-4)
+    assert figures["approx_kl"] == pytest.approx(12 * (0.5 - math.log(1.5)) / tokens, rel=1e-3)
+    first = rollout.advantages_BC[:, 0]
+    others = rollout.advantages_BC.sum() - first.sum()
+    assert figures["policy_loss"] == pytest.approx(-float(others + torch.minimum(1.5 * first, 1.2 * first).sum()) / tokens, rel=1e-3)
+    error = (rollout.values_BC - rollout.returns_BC)[rollout.mask_BC]
+    assert figures["value_loss"] == pytest.approx(float(0.5 * (error ** 2).mean()), rel=1e-4)
+    assert (figures["skipped_steps"], figures["epochs_run"]) == (0, 1)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 1_000_000])
+def test_A1_ratio_error_is_the_largest_of_the_minibatch_whatever_the_microbatches(budget):
+    model = policy_and_value(ENCODER)
+    rollout = rollout_of(model)
+    one = torch.zeros_like(rollout.old_logprobs_BC)
+    one[3, 0], one[5, 0] = math.log(2.0), math.log(1.5)
+    assert gradients(model, shifted(rollout, one), microbatch_tokens=budget)[1]["first_ratio_error"] == pytest.approx(1.0, abs=1e-3)
+
+
+# A1 and P12 over real steps
+
+@pytest.mark.parametrize(("kind", "lora"), KINDS)
+def test_A1_P12_ratio_is_1_at_every_rollouts_first_minibatch_and_the_reference_stays(kind, lora):
+    accelerator = cpu()
+    model, ref = policy_and_value(ENCODER, kind, lora), None if lora else nano(ENCODER)
+    rows = make_rows(PROMPTS, [[40, 41, ENCODER.eos_id]] * 12, PAD, "cpu")
+    of_reference = rlhf.rollout.reference(ref, model.policy, 1.0, accelerator.autocast)
+    before, before_weights = of_reference(rows), None if lora else snapshot(ref)
+    base = {n: p for n, p in snapshot(model.policy).items() if lora and "lora" not in n}
+    model, optimizer = accelerator.prepare(model, ppo_optimizer(model, 3e-3, 3e-3))
+    for step in range(3):
+        rollout = collect(accelerator, model, ref, ENCODER, PROMPTS, share_of_even_ids, seed=step)
+        figures = update(accelerator, model, optimizer, rollout, settings(epochs=2, microbatch_tokens=70), PAD, seed=step)
+        assert figures["first_ratio_error"] < 1e-4 and figures["approx_kl"] > 1e-6
+    assert rollout.statistics(ENCODER)["kl_k3"] > 1e-3  # the policy did move
+    torch.testing.assert_close(of_reference(rows), before, rtol=0, atol=1e-5 if lora else 0)
+    for name, weight in base.items():
+        assert torch.equal(dict(model.policy.named_parameters())[name], weight)
+    if not lora:
+        assert all(torch.equal(p, before_weights[n]) for n, p in ref.named_parameters())
+
+
+@pytest.mark.parametrize(("kind", "lora"), KINDS)
+def test_A1_lr_0_for_five_rollouts_leaves_weights_and_ratios(kind, lora):
+    accelerator = cpu()
+    model, ref = policy_and_value(ENCODER, kind, lora), None if lora else nano(ENCODER)
+    before = snapshot(model)
+    model, optimizer = accelerator.prepare(model, ppo_optimizer(model, 0.0, 0.0))
+    for step in range(5):
+        rollout = collect(accelerator, model, ref, ENCODER, PROMPTS, share_of_even_ids, seed=step)
+        figures = update(accelerator, model, optimizer, rollout, settings(epochs=2), PAD, seed=step)
+        assert figures["first_ratio_error"] < 1e-4 and figures["approx_kl"] < 1e-8 and figures["clip_fraction"] == 0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_the_value_model_learns_alone_while_policy_coef_is_0():
+    model = policy_and_value(ENCODER)
+    before = snapshot(model)
+    rollout = rollout_of(model)
+    optimizer = ppo_optimizer(model, 1e-3, 1e-3)
+    losses = [update(cpu(), model, optimizer, rollout, settings(policy_coef=0.0, value_clip=10.0), PAD, seed=i)["value_loss"] for i in range(6)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(p, before[f"policy.{n}"]) for n, p in model.policy.named_parameters())
+
+
+# P5: epochs, minibatches, learning rate, clipping
+
+def rows_of_steps(monkeypatch, seed, ptx_rows=(), **changes):
+    """Which rows (and ptx rows) each optimizer step of an update sees."""
+    seen = []
+
+    def note(accelerator, model, rollout, rows, ptx, how, pad_id):
+        seen.append((rows, ptx))
+        return dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "ratio_error"), 0.0), 1.0
+
+    monkeypatch.setattr(rlhf.ppo, "_step", note)
+    optimizer = types.SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    update(None, None, optimizer, types.SimpleNamespace(prompts=PROMPTS), settings(**changes), PAD, seed, ptx_rows)
+    return seen
+
+
+def test_P5_every_epoch_sees_every_row_once_in_a_fresh_order(monkeypatch):
+    steps = [rows for rows, _ in rows_of_steps(monkeypatch, 1, epochs=3, minibatches=4)]
+    assert [len(rows) for rows in steps] == [3] * 12
+    epochs = [sum(steps[i : i + 4], []) for i in (0, 4, 8)]
+    assert all(sorted(order) == list(range(12)) for order in epochs)
+    assert len({tuple(order) for order in [*epochs, range(12)]}) == 4
+
+
+def test_P5_the_order_follows_from_the_seed(monkeypatch):
+    assert rows_of_steps(monkeypatch, 1) == rows_of_steps(monkeypatch, 1) != rows_of_steps(monkeypatch, 2)
+
+
+def test_P5_learning_rate_falls_linearly_to_0():
+    assert [linear_lr(s, 4) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [linear_lr(s, 10, warmup=0.2) for s in range(10)] == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_P5_each_network_has_its_rate_and_adam_epsilon_is_1e_5():
+    model = policy_and_value(ENCODER)
+    optimizer = ppo_optimizer(model, 1e-3, 4e-3)
+    set_lr(optimizer, 0.5)
+    rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert {rate[id(p)] for p in model.policy.parameters()} == {0.5e-3}
+    assert {rate[id(p)] for p in model.value_model.parameters()} == {2e-3}
+    assert {(g["eps"], g["weight_decay"], *g["betas"]) for g in optimizer.param_groups} == {(1e-5, 0.0, 0.9, 0.999)}
+
+
+def test_weight_decay_is_for_matrices():
+    optimizer = new_optimizer(nano(ENCODER), 1e-3, weight_decay=0.1)
+    assert {(p.ndim >= 2, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]} == {(True, 0.1), (False, 0.0)}
+
+
+def test_P5_gradients_are_clipped_each_network_by_itself_and_the_norm_is_told_from_before():
+    model = policy_and_value(ENCODER)
+    rollout = disturbed(rollout_of(model))
+
+    def norm(grads, part):
+        return math.sqrt(sum(float((g.double() ** 2).sum()) for n, g in grads.items() if n.startswith(part)))
+
+    free, figures = gradients(model, rollout, max_grad_norm=1e9)
+    norms = {part: norm(free, part) for part in ("policy.", "value_model.")}
+    assert figures["grad_norm"] == pytest.approx(max(norms.values()), rel=1e-4)
+    limit = sum(norms.values()) / 2  # between the two
+    held, same = gradients(model, rollout, max_grad_norm=limit)
+    assert same["grad_norm"] == pytest.approx(figures["grad_norm"], rel=1e-4)
+    for part, before in norms.items():
+        assert norm(held, part) == pytest.approx(min(before, limit), rel=1e-3)
+
+
+# A4: what is not finite
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_A4_a_step_whose_gradient_is_not_finite_is_left_out_and_counted(poison):
+    model = policy_and_value(ENCODER)
+    rollout = rollout_of(model)
+    before = snapshot(model)
+    advantages = rollout.advantages_BC.clone()
+    advantages[4, 0] = poison
+    after_steps = []
+    figures = update(cpu(), model, ppo_optimizer(model, 1e-3, 1e-3), dataclasses.replace(rollout, advantages_BC=advantages),
+                     settings(minibatches=1), PAD, seed=1, after_step=lambda: after_steps.append(1))
+    assert figures["skipped_steps"] == 1 and after_steps == []
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    figures = update(cpu(), model, ppo_optimizer(model, 1e-3, 1e-3), dataclasses.replace(rollout, advantages_BC=advantages),
+                     settings(minibatches=2), PAD, seed=1)
+    assert figures["skipped_steps"] == 1  # the other minibatch is good, and is taken
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert not all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_A4_a_score_that_is_no_number_stops_the_run_and_names_the_prompt():
+    prompts = [types.SimpleNamespace(id=i) for i in ("aaa", "bbb", "ccc")]
+    stage._check_finite(torch.tensor([1.0, 2.0, 3.0]), prompts)
+    with pytest.raises(TrainingStopped, match="bbb") as caught:
+        stage._check_finite(torch.tensor([1.0, math.nan, 3.0]), prompts)
+    assert "aaa" not in str(caught.value)
+
+
+def test_A4_a_run_without_a_finite_step_ends_after_some_rollouts():
+    how = types.SimpleNamespace(minibatches=2, kl_target=None)
+    state, folder = {"kl_coef": 0.1, "bad_rollouts": 0}, types.SimpleNamespace(checkpoints="here")
+    bad, good = {"skipped_steps": 4, "epochs_run": 2, "kl": 1.0}, {"skipped_steps": 3, "epochs_run": 2, "kl": 1.0}
+    for figures in [bad] * 4 + [good] + [bad] * 4:
+        state = stage._next_state(state, figures, how, folder)
+    with pytest.raises(TrainingStopped, match="here"):
+        stage._next_state(state, bad, how, folder)
+
+
+# P7 in the stage
+
+def test_P7_the_stage_adapts_the_coefficient_only_with_a_target():
+    figures, state = {"skipped_steps": 0, "epochs_run": 1, "kl": 12.0}, {"kl_coef": 0.1, "bad_rollouts": 0}
+    how = {"minibatches": 2, "batch_size": 100, "kl_horizon": 1000}
+    fixed = stage._next_state(state, figures, types.SimpleNamespace(kl_target=None, **how), None)
+    adapted = stage._next_state(state, figures, types.SimpleNamespace(kl_target=6.0, **how), None)
+    assert (fixed["kl_coef"], adapted["kl_coef"]) == (0.1, pytest.approx(0.1 * (1 + 0.2 * 0.1)))
+
+
+# P9: PPO-ptx
+
+PTX = [(p, ENCODER.completion_ids(t)) for p, t in zip(PROMPTS, ["cold", "Apples, pears and plums.", "twelve", "I do not know"], strict=False)]
+
+
+def language_model_gradients(model):
+    """Gradient of the mean of -log p over the completion tokens of PTX, from unpadded rows."""
+    model.zero_grad(set_to_none=True)
+    terms = []
+    for prompt, completion in PTX:
+        logits = model.policy(input_ids=torch.tensor([prompt + completion])).logits[0].float()
+        terms += [-torch.log_softmax(logits[len(prompt) + t - 1], 0)[token] for t, token in enumerate(completion)]
+    loss = sum(terms) / len(terms)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found, loss.item()
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_P9_ptx_adds_gamma_times_the_language_model_gradient(kind):
+    model = policy_and_value(ENCODER, kind)
+    rollout = disturbed(rollout_of(model))
+    without, _ = gradients(model, rollout)
+    found, figures = gradients(model, rollout, ptx_rows=PTX, ptx_coef=2.5)
+    language, loss = language_model_gradients(model)
+    assert_same_gradients(found, {n: g + 2.5 * language.get(n, torch.zeros_like(g)) for n, g in without.items()})
+    assert figures["ptx_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_P9_ptx_rows_are_shared_out_over_the_steps(monkeypatch):
+    rows = list(range(10))
+    steps = [ptx for _, ptx in rows_of_steps(monkeypatch, 1, rows, epochs=2, minibatches=2)]
+    assert len(steps) == 4 and sorted(sum(steps, [])) == rows and min(map(len, steps)) >= 2
+
+
+# P10: the moving average
+
+def test_P10_average_follows_the_recursion():
+    policy = nano(ENCODER)
+    average = MovingAverage(policy, 0.9)
+    expected = {n: p.double() for n, p in snapshot(policy).items()}
+    for seed in range(4):
+        rough(policy, seed, 0.1)
+        average.step()
+        expected = {n: 0.9 * expected[n] + 0.1 * p.detach().double() for n, p in policy.named_parameters()}
+    average.copy_to_model()
+    for name, p in policy.named_parameters():
+        torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_P10_average_moves_once_per_optimizer_step_and_is_kept_by_checkpoints():
+    model = policy_and_value(ENCODER)
+    average, calls = MovingAverage(model.policy, 0.5), []
+    update(cpu(), model, ppo_optimizer(model, 1e-3, 1e-3), rollout_of(model), settings(epochs=3), PAD, seed=0,
+           after_step=lambda: (calls.append(1), average.step()))
+    assert len(calls) == 6
+    other = MovingAverage(nano(ENCODER, 4), 0.5)
+    other.load_state_dict(average.state_dict())
+    assert all(torch.equal(other.average[n], average.average[n]) for n in average.average)
+
+
+def test_P10_with_lora_only_what_is_trained_is_averaged():
+    model = policy_and_value(ENCODER, lora=True)
+    assert all("lora" in name for name in MovingAverage(model.policy, 0.9).average)
+
+
+# P11: early stop
+
+@pytest.mark.parametrize(("target", "epochs"), [(None, 5), (1e9, 5), (1e-9, 1)])
+def test_P11_epochs_stop_when_kl_to_the_old_policy_passes_its_limit(target, epochs):
+    model = policy_and_value(ENCODER)
+    figures = update(cpu(), model, ppo_optimizer(model, 1e-3, 1e-3), rollout_of(model), settings(epochs=5, target_kl=target), PAD, seed=0)
+    assert figures["epochs_run"] == epochs
+
+
+# P6: where the value model starts
+
+def model_settings():
+    return types.SimpleNamespace(lora_rank=0, lora_alpha=16)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """An SFT model, and a reward model that normalises with gain 0.5 and bias -2."""
+    sft, reward = tmp_path / "sft", tmp_path / "reward"
+    save_model(nano(ENCODER, 1), ENCODER, sft)
+    model = rough(load_reward_model(str(sft), load_encoder(str(sft)), "eager"), 4)
+    model.config.reward_gain, model.config.reward_bias = 0.5, -2.0
+    save_model(model, ENCODER, reward)
+    return sft, reward
+
+
+def test_P6_a_separate_value_model_starts_out_as_the_normalised_reward_model(folders):
+    sft, reward = folders
+    encoder = load_encoder(str(sft))
+    policy = load_policy(str(sft), encoder, "eager")
+    value_model = new_value_model("separate", policy, encoder, [reward], sft, "eager", model_settings()).eval()
+    ids = PROMPTS[1] + [40, ENCODER.eos_id]
+    rows = make_rows([ids], [[41]], PAD, "cpu")  # the value before the token after EOS is read at EOS
+    with torch.no_grad():
+        raw = load_reward_model(str(reward), encoder, "eager").eval()(input_ids=torch.tensor([ids])).logits.item()
+        assert value_model(rows).item() == pytest.approx(0.5 * raw - 2.0, abs=1e-5)
+    assert not set(map(id, value_model.parameters())) & set(map(id, policy.parameters()))
+
+
+@pytest.mark.parametrize(("kind", "with_reward"), [("shared", True), ("separate", False)])
+def test_P6_a_shared_head_and_one_without_a_reward_model_start_at_0(folders, kind, with_reward):
+    sft, reward = folders
+    encoder = load_encoder(str(sft))
+    policy = load_policy(str(sft), encoder, "eager")
+    value_model = new_value_model(kind, policy, encoder, [reward] if with_reward else [], sft, "eager", model_settings())
+    assert (value_model.trunk is None) == (kind == "shared")
+    assert value_model.head.weight.eq(0).all() and value_model.head.bias.eq(0).all()
+    if kind == "separate":
+        hidden = policy.base_model(input_ids=torch.tensor(PROMPTS[:1])).last_hidden_state
+        torch.testing.assert_close(value_model.trunk(input_ids=torch.tensor(PROMPTS[:1])).last_hidden_state, hidden)
+
+
+# Which prompts a rollout gets
+
+def test_rollouts_take_every_prompt_once_per_pass_in_a_fresh_order():
+    prompts = list(range(10))
+    picked = [stage._prompts_of_step(prompts, step, 4, seed=3) for step in range(5)]
+    flat = sum(picked, [])
+    assert sorted(flat[:10]) == sorted(flat[10:]) == prompts and flat[:10] != flat[10:]
+    assert picked[2] == stage._prompts_of_step(prompts, 2, 4, seed=3) != stage._prompts_of_step(prompts, 2, 4, seed=4)
+
+
+# Resume
+
+def train(folder, first, last, load=False):
+    """Rollouts `first` to `last` of a run whose randomness follows from the step; returns the weights and the average."""
+    accelerator = cpu()
+    model, ref = policy_and_value(ENCODER), nano(ENCODER)
+    model, optimizer = accelerator.prepare(model, ppo_optimizer(model, 1e-3, 2e-3))
+    average = MovingAverage(model.policy, 0.9)
+    accelerator.register_for_checkpointing(average)
+    place = types.SimpleNamespace(checkpoints=folder, main=True)
+    numbers = load_checkpoint(accelerator, place) if load else {"step": 0}
+    assert numbers["step"] == first
+    for step in range(first, last):
+        set_lr(optimizer, linear_lr(step, 4))
+        rollout = collect(accelerator, model, ref, ENCODER, PROMPTS, share_of_even_ids, seed=step)
+        figures = update(accelerator, model, optimizer, rollout, settings(epochs=2), PAD, seed=step, after_step=average.step)
+        if step == first and load:
+            assert figures["first_ratio_error"] < 1e-4
+        save_checkpoint(accelerator, place, step + 1, 2, kl_coef=0.125)
+    return {**snapshot(model), **{f"average {n}": t for n, t in average.average.items()}}, numbers
+
+
+def test_P12_a_resumed_run_goes_on_bit_for_bit_and_a_half_written_checkpoint_is_not_taken(tmp_path):
+    straight, _ = train(tmp_path / "straight", 0, 4)
+    train(tmp_path / "cut", 0, 2)
+    (tmp_path / "cut" / "step_0000003.partial").mkdir()
+    (tmp_path / "cut" / "step_0000003").mkdir()
+    resumed, numbers = train(tmp_path / "cut", 2, 4, load=True)
+    assert numbers["kl_coef"] == 0.125
+    assert all(torch.equal(resumed[n], straight[n]) for n in straight)
+
+
+def test_checkpoints_are_pruned(tmp_path):
+    place, accelerator = types.SimpleNamespace(checkpoints=tmp_path, main=True), cpu()
+    for step in (1, 2, 10):
+        save_checkpoint(accelerator, place, step, 2)
+    assert [p.name for p in finished_checkpoints(place)] == ["step_0000002", "step_0000010"]
+
+
+# Learning
+
+def learn(kl_coef, rollouts=12):
+    """PPO on a nano GPT whose score is the share of even ids: 1 is the optimum, chance is one half. Returns the last rollout's figures."""
+    accelerator = cpu()
+    model, ref = policy_and_value(ENCODER, "separate"), nano(ENCODER)
+    model, optimizer = accelerator.prepare(model, ppo_optimizer(model, 2e-3, 2e-3))
+    prompts = some_prompts(ENCODER, 64)
+    for step in range(rollouts):
+        rollout = collect(accelerator, model, ref, ENCODER, prompts, share_of_even_ids, seed=step, limit=2, kl_coef=kl_coef, budget=4000)
+        if step + 1 < rollouts:
+            update(accelerator, model, optimizer, rollout, settings(epochs=3, microbatch_tokens=4000, max_grad_norm=1.0), PAD, seed=step)
+    return rollout.statistics(ENCODER)
+
+
+def test_P3_learning_reaches_a_known_optimum():
+    figures = learn(kl_coef=1e-4)
+    assert figures["score_mean"] >= 0.9 and figures["kl"] > 3.0
+
+
+def test_S3_a_high_price_of_kl_keeps_the_policy_near_its_reference():
+    figures = learn(kl_coef=1.0)
+    assert figures["score_mean"] < 0.7 and 0.0 < figures["kl"] < 1.5

@@ -1,0 +1,138 @@
+"""Rollouts: hand-made rows through rewards, GAE and whitening; statistics by hand; the reference (CANON S1, S3, P1, P2, P8, P12, A2)."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf.models import add_lora
+from rlhf.passes import make_rows, policy_pass
+from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference
+from tests.helpers import collect, cpu, naive_logprobs, nano, policy_and_value, snapshot, some_prompts, tiny_encoder
+
+ENCODER = tiny_encoder()
+PROMPTS = some_prompts(ENCODER, 7)
+EOS = ENCODER.eos_id
+
+
+def tokens_of(*rows):
+    """(logprobs, ref_logprobs, entropy, values) of a completion as make_rollout wants them."""
+    return tuple(torch.tensor(row) for row in rows)
+
+
+HAND = {
+    "prompts": [[5, 6], [7]],
+    "completions": [[8, EOS], [9, 9, 9]],
+    "scores_B": torch.tensor([1.0, -1.0]),
+    "tokens": [tokens_of([-1.0, -2.0], [-1.5, -1.5], [0.5, 0.25], [0.2, 0.4]),
+               tokens_of([-0.5, -0.5, -1.0], [-0.5, -1.5, -1.0], [1.0, 0.75, 0.5], [0.0, -0.3, -0.6])],
+}
+
+
+def hand_rollout(kl_coef=0.1, gamma=1.0, lam=0.5, whiten_rewards=False):
+    return make_rollout(cpu(), **HAND, kl_coef=kl_coef, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards)
+
+
+def near(expected, rel=1e-5):
+    return [[pytest.approx(x, rel=rel, abs=1e-6) for x in row] for row in expected]
+
+
+def test_S3_P1_P2_a_rollout_by_hand():
+    rollout = hand_rollout()
+    assert rollout.mask_BC.tolist() == [[True, True, False], [True, True, True]]
+    assert rollout.rewards_BC.tolist() == near([[-0.05, 0.05 + 1.0, 0.0], [0.0, -0.1, -1.0]])
+    # row 0: deltas -0.05 + 0.4 - 0.2 = 0.15 and 1.05 - 0.4 = 0.65; row 1: -0.3, -0.1 - 0.6 + 0.3 = -0.4, -1 + 0.6 = -0.4
+    raw = [[0.15 + 0.5 * 0.65, 0.65], [-0.3 + 0.5 * (-0.4 + 0.5 * -0.4), -0.4 + 0.5 * -0.4, -0.4]]
+    assert rollout.returns_BC.tolist() == near([[raw[0][0] + 0.2, raw[0][1] + 0.4, 0.0], [raw[1][0], raw[1][1] - 0.3, raw[1][2] - 0.6]])
+    flat = raw[0] + raw[1]
+    mean = sum(flat) / 5
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in flat) / 5)
+    expected = [[(x - mean) / deviation for x in row] for row in raw]
+    assert rollout.advantages_BC.tolist() == near([[*expected[0], 0.0], expected[1]])
+
+
+def test_P2_rewards_are_whitened_only_when_asked_and_keep_their_mean():
+    plain, white = hand_rollout().rewards_BC, hand_rollout(whiten_rewards=True).rewards_BC
+    flat, real = [-0.05, 1.05, 0.0, -0.1, -1.0], white[hand_rollout().mask_BC].tolist()
+    assert plain[hand_rollout().mask_BC].tolist() == pytest.approx(flat, abs=1e-6)
+    mean = sum(flat) / 5
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in flat) / 5)
+    assert real == pytest.approx([(x - mean) / deviation + mean for x in flat], abs=1e-5)
+
+
+def test_a_rollouts_figures_by_hand():
+    figures = hand_rollout().statistics(ENCODER)
+    assert figures["kl"] == pytest.approx((0.5 - 0.5 + 0.0 + 1.0 + 0.0) / 2)
+    k3 = [math.exp(-0.5) - 1 + 0.5, math.exp(0.5) - 1 - 0.5, 0.0, math.exp(-1.0) - 1 + 1.0, 0.0]
+    assert figures["kl_k3"] == pytest.approx(sum(k3) / 2)
+    assert figures["entropy"] == pytest.approx((0.5 + 0.25 + 1.0 + 0.75 + 0.5) / 5)
+    assert (figures["score_mean"], figures["score_std"]) == (0.0, 1.0)
+    assert (figures["length_mean"], figures["eos_rate"]) == (2.5, 0.5)
+    values, returns = [0.2, 0.4, 0.0, -0.3, -0.6], [0.675, 1.05, -0.6, -0.9, -1.0]
+    errors = [r - v for r, v in zip(returns, values, strict=True)]
+
+    def variance(x):
+        return sum((y - sum(x) / len(x)) ** 2 for y in x) / len(x)
+
+    assert figures["return_mean"] == pytest.approx(sum(returns) / 5, abs=1e-6)
+    assert figures["explained_variance"] == pytest.approx(1 - variance(errors) / variance(returns), rel=1e-4)
+
+
+def test_a_rollout_checks_its_own_shapes():
+    good = hand_rollout()
+    fields = {name: getattr(good, name) for name in good.__dataclass_fields__}
+    Rollout(**fields)
+    for name in ("values_BC", "scores_B", "mask_BC"):
+        with pytest.raises(ValueError, match=name):
+            Rollout(**{**fields, name: fields[name][:1]})
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_S1_tokens_are_evaluated_at_the_sampling_temperature_in_the_order_given(kind, budget):
+    model, ref = policy_and_value(ENCODER, kind).eval(), nano(ENCODER, 9).eval()
+    pairs = [(p, [30 + i, 40, EOS][: 1 + i % 3]) for i, p in enumerate(PROMPTS)]
+    results = evaluate_tokens(model, reference(ref, model.policy, 0.7, cpu().autocast), pairs, ENCODER.pad_id, 0.7, budget, "cpu")
+    for (prompt, completion), (logprobs, ref_logprobs, entropy, values) in zip(pairs, results, strict=True):
+        assert logprobs.tolist() == pytest.approx(naive_logprobs(model.policy, prompt, completion, 0.7), abs=2e-5)
+        assert ref_logprobs.tolist() == pytest.approx(naive_logprobs(ref, prompt, completion, 0.7), abs=2e-5)
+        assert len(entropy) == len(values) == len(completion) and not logprobs.requires_grad
+
+
+def test_A2_P8_kl_to_the_reference_is_exactly_0_before_anything_is_learned():
+    accelerator = cpu()
+    model = policy_and_value(ENCODER)
+    rollout = collect(accelerator, model, nano(ENCODER), ENCODER, PROMPTS, len)
+    assert rollout.statistics(ENCODER)["kl"] == rollout.statistics(ENCODER)["kl_k3"] == 0.0
+    lora = policy_and_value(ENCODER, lora=True)
+    rollout = collect(accelerator, lora, None, ENCODER, PROMPTS, len)
+    assert rollout.statistics(ENCODER)["kl"] == 0.0
+
+
+def test_P12_with_lora_the_reference_is_the_policy_with_its_adapters_off():
+    base = nano(ENCODER)
+    torch.manual_seed(1)
+    policy = add_lora(nano(ENCODER), 4, 8, "CAUSAL_LM")
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.3)
+    rows = make_rows(PROMPTS, [[40, 41, EOS]] * len(PROMPTS), ENCODER.pad_id, "cpu")
+    before = snapshot(policy)
+    found = reference(None, policy, 1.0, cpu().autocast)(rows)
+    with torch.no_grad():
+        expected, trained = policy_pass(base, rows, 1.0)[0], policy_pass(policy, rows, 1.0)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (trained - expected).abs().max() > 0.1  # afterwards the adapters are on again
+    assert not found.requires_grad and all(torch.equal(p, before[n]) for n, p in policy.named_parameters())
+
+
+def test_clock_adds_up_by_phase():
+    clock = Clock()
+    for _ in range(2):
+        with clock("sample"):
+            sum(range(10_000))
+    with clock("update"):
+        pass
+    taken = clock.take()
+    assert set(taken) == {"seconds_sample", "seconds_update"} and taken["seconds_sample"] > 0 and clock.take() == {}

@@ -1,0 +1,148 @@
+"""The sampler against a naive one that recomputes everything, one row at a time, without cache or padding (CANON B2, S1, S2)."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf.models import add_lora
+from rlhf.sampling import _draw, draw_uniforms, sample
+from tests.helpers import llama, nano, some_prompts, tiny_encoder
+
+ENCODER = tiny_encoder()
+PROMPTS = some_prompts(ENCODER, 12)
+
+
+def naive_sample(policy, prompt, uniforms, temperature):
+    """Full forward for every token; the inverse of the cumulative distribution in float64 Python."""
+    ids = list(prompt)
+    for u in uniforms:
+        with torch.no_grad():
+            logits = (policy(input_ids=torch.tensor([ids])).logits[0, -1].double() / temperature).tolist()
+        top = max(logits)
+        weights = [math.exp(x - top) for x in logits]
+        threshold, total, token = u * sum(weights), 0.0, 0
+        for token, weight in enumerate(weights):  # noqa: B007 - the token is the result
+            total += weight
+            if total > threshold:
+                break
+        ids.append(token)
+        if token == ENCODER.eos_id:
+            break
+    return ids[len(prompt):]
+
+
+def likely_to_end(policy, by=4.0):
+    """EOS gets a share of the probability, so that rows of a batch end at different places."""
+    with torch.no_grad():
+        policy.base_model.wte.weight[ENCODER.eos_id] *= by
+    return policy
+
+
+POLICIES = {
+    "gpt2": lambda: nano(ENCODER),
+    "gpt2, fused attention": lambda: nano(ENCODER, attention="sdpa"),
+    "gpt2 that ends": lambda: likely_to_end(nano(ENCODER)),
+    "llama": lambda: llama(ENCODER),
+    "lora": lambda: add_lora(nano(ENCODER), 4, 8, "CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_B2_S1_tokens_are_those_of_a_naive_sampler(name, temperature):
+    policy = POLICIES[name]().eval()
+    uniforms = draw_uniforms(len(PROMPTS), 10, 3)
+    expected = [naive_sample(policy, p, u, temperature) for p, u in zip(PROMPTS, uniforms.tolist(), strict=True)]
+    assert sample(policy, PROMPTS, uniforms, ENCODER, temperature, len(PROMPTS)) == expected
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_B2_completions_do_not_depend_on_who_else_is_in_the_batch(batch_size, attention):
+    """A batch of one has no padding at all: kernels then take other roads than with a mask."""
+    policy = likely_to_end(nano(ENCODER, attention=attention)).eval()
+    uniforms = draw_uniforms(len(PROMPTS), 12, 5)
+    together = sample(policy, PROMPTS, uniforms, ENCODER, 1.0, len(PROMPTS))
+    assert sample(policy, PROMPTS, uniforms, ENCODER, 1.0, batch_size) == together
+    assert sample(policy, PROMPTS[::-1], uniforms.flip(0), ENCODER, 1.0, batch_size) == together[::-1]
+    assert len({len(c) for c in together}) > 3  # the rows did end at different places
+
+
+def test_S2_completions_stop_at_their_first_eos_or_at_the_limit():
+    policy = likely_to_end(nano(ENCODER)).eval()
+    completions = sample(policy, PROMPTS * 4, draw_uniforms(48, 9, 7), ENCODER, 1.0, 48)
+    assert all(1 <= len(c) <= 9 for c in completions)
+    assert all(ENCODER.eos_id not in c[:-1] for c in completions)
+    assert all(c[-1] == ENCODER.eos_id for c in completions if len(c) < 9)
+    assert {ENCODER.ended(c) for c in completions} == {True, False}
+
+
+def test_S2_a_policy_that_only_says_eos_and_one_that_never_does():
+    policy = nano(ENCODER).eval()
+    always = torch.zeros(len(ENCODER.tokenizer))
+    for bias, expected in ((1e4, [[ENCODER.eos_id]] * 12), (-1e4, None)):
+        always[ENCODER.eos_id] = bias
+        handle = policy.lm_head.register_forward_hook(lambda module, args, output, b=always.clone(): output + b)
+        completions = sample(policy, PROMPTS, draw_uniforms(12, 6, 1), ENCODER, 1.0, 12)
+        handle.remove()
+        if expected is not None:
+            assert completions == expected
+        else:
+            assert all(len(c) == 6 and ENCODER.eos_id not in c for c in completions)
+
+
+def test_S2_rows_that_ended_leave_the_batch():
+    """Each row ends at each step with probability 0.1; a pass holds a third more rows than still run, or is filled up to 32, not more."""
+    policy, widths = nano(ENCODER).eval(), []
+
+    def one_in_ten(module, args, output):
+        widths.append(len(output))
+        output[..., ENCODER.eos_id] = -math.inf
+        output[..., ENCODER.eos_id] = output.logsumexp(-1) + math.log(0.1 / 0.9)
+        return output
+
+    policy.lm_head.register_forward_hook(one_in_ten)
+    completions = sample(policy, [PROMPTS[0]] * 128, draw_uniforms(128, 30, 2), ENCODER, 1.0, 128)
+    running = [sum(len(c) > step for c in completions) for step in range(len(widths))]
+    assert all(width <= max(left / 0.75, left + 32) for width, left in zip(widths, running, strict=True))
+    assert running[-1] < 16 and sum(widths) < 0.65 * 128 * 30
+
+
+# Randomness
+
+def test_uniform_numbers_follow_from_the_seeds_alone():
+    one = draw_uniforms(5, 7, 1, 2)
+    torch.rand(10)
+    assert torch.equal(draw_uniforms(5, 7, 1, 2), one)
+    assert not torch.equal(draw_uniforms(5, 7, 2, 1), one) and not torch.equal(draw_uniforms(5, 7, 12), one)
+    assert one.shape == (5, 7) and one.min() >= 0 and one.max() < 1
+
+
+def test_a_draw_by_hand():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(5, 4)
+    assert _draw(logits, torch.tensor([0.0, 0.0999, 0.1001, 0.5999, 0.9999]), 1.0).tolist() == [0, 0, 1, 2, 3]
+
+
+def test_tokens_of_probability_0_are_never_drawn():
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]).expand(3, 5)
+    assert _draw(logits, torch.tensor([0.0, 0.5, 1.0 - 2**-24]), 1.0).tolist() == [1, 3, 3]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_S1_first_tokens_are_distributed_as_softmax_of_logits_over_temperature(temperature):
+    """Chi-square over 6,000 draws; 3.0 standard deviations above its mean would be missed once in 700 seeds, and the seed is fixed."""
+    policy = nano(ENCODER, seed=4, scale=0.25).eval()
+    count = 6_000
+    with torch.no_grad():
+        logits = policy(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1].double()
+    expected = torch.softmax(logits / temperature, 0) * count
+    uniforms = draw_uniforms(count, 1, 11)
+    drawn = torch.tensor([c[0] for c in sample(policy, [PROMPTS[1]] * count, uniforms, ENCODER, temperature, 2000)])
+    observed = torch.bincount(drawn, minlength=len(expected)).double()
+    common = expected >= 5
+    cells = [*zip(observed[common], expected[common], strict=True), (observed[~common].sum(), expected[~common].sum())]
+    statistic = sum(((o - e) ** 2 / e.clamp(min=1)).item() for o, e in cells)
+    freedom = len(cells) - 1
+    assert freedom > 10
+    assert statistic < freedom + 3.0 * math.sqrt(2 * freedom)

@@ -103,7 +103,7 @@ def histograms(name: str, title: str, values: dict[str, Sequence[float]], labels
     with _page_style({"axes.spines.left": False}):
         figure = Figure(figsize=(WIDTH, 0.4 + 0.42 * len(values)), layout="constrained")
         rows = figure.subplots(len(values), sharex=True, squeeze=False)[:, 0]
-        for axes, (policy, column) in zip(rows, values.items()):
+        for axes, (policy, column) in zip(rows, values.items(), strict=True):
             color, mean = _colour(slots[policy]), min(max(math.fsum(column) / len(column), low), high)
             clipped = [min(max(value, low), high) for value in column]
             axes.hist(clipped, bins=edges, color=color, alpha=0.75)
@@ -132,7 +132,7 @@ def over_optimisation(
     with _page_style():
         figure = Figure(figsize=(WIDTH * 1.35, HEIGHT * 1.7), layout="constrained")
         rows = figure.subplots(2, sharex=True)
-        for axes, line, height in zip(rows, (proxy, gold), (2, 3)):
+        for axes, line, height in zip(rows, (proxy, gold), (2, 3), strict=True):
             axes.plot(line.xs, line.ys, color=_colour(line.slot), linewidth=1.4, marker="o", markersize=2)
             axes.plot(line.xs[-1:], line.ys[-1:], color=_colour(line.slot), marker="o", markersize=6, label="PPO, training")
             for mark in marks:

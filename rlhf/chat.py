@@ -32,7 +32,7 @@ from rlhf.models import attention_kernel, load_encoder, load_policy, parameter_c
 from rlhf.sampling import draw_uniforms, sample
 
 SPEAKING = ("ppo", "sft", "pretrain")  # stages whose models write, the furthest first
-SMALL = 50_000_000  # parameters; below, a second thread costs more than it gives (one row at a time: 0.06 s became 2 s on a busy machine)
+SMALL = 50_000_000  # parameters; below, a second thread costs more than it gives (an answer of 30 tokens: 0.08 s, with two 0.5 s, on a busy machine)
 WIDE = 80  # columns of a terminal from which two answers stand side by side
 CONTROL = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor

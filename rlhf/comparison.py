@@ -140,7 +140,7 @@ def verdicts(judge: PairJudge, prompts: Sequence, a: Sequence[str], b: Sequence[
     if not len(prompts) == len(a) == len(b):
         raise ValueError(f"{len(prompts)} prompts, {len(a)} answers of a and {len(b)} of b: the three must match")
     outcomes, flips = [], 0
-    for prompt, answer_a, answer_b in zip(prompts, a, b):
+    for prompt, answer_a, answer_b in zip(prompts, a, b, strict=True):
         shown_first, shown_second = np.sign(judge(prompt, answer_a, answer_b)), -np.sign(judge(prompt, answer_b, answer_a))
         flips += bool(shown_first != shown_second)
         outcomes.append(0.5 + shown_first / 2 if shown_first == shown_second else 0.5)
@@ -224,7 +224,7 @@ def summarise(
         "policies": {policy: _describe(policy, answers) for policy, answers in columns.items()},
         "comparisons": compared,
         "by_family": _by_family(samples, policies),
-        "sanity": {f"{a}_vs_{b}": row["win_rate"] for (a, b), row in zip(pairs, compared) if a in (b, "sft_again")},
+        "sanity": {f"{a}_vs_{b}": row["win_rate"] for (a, b), row in zip(pairs, compared, strict=True) if a in (b, "sft_again")},
     }
 
 

@@ -29,7 +29,7 @@ def setting(default, help: str):  # noqa: A002 - "help" is the word --help uses
 class Run:
     dir: str = setting("runs/quickstart", "the run folder; every stage writes into a folder of its own below it")
     threads: int = setting(0, "CPU threads per process; 0: the cores this process may use, shared out among the processes of this machine")
-    precision: str = setting("auto", "auto, bf16 or fp32: arithmetic of the passes; weights and optimizer are always fp32. auto: bf16 where the hardware has it")
+    precision: str = setting("auto", "auto, bf16 or fp32: of the passes; weights and optimizer are always fp32. auto: bf16 where the hardware has it")
     save_every: int = setting(200, "optimizer steps between checkpoints in pretrain, sft and reward; ppo has ppo.save_every")
     keep_checkpoints: int = setting(1, "checkpoints kept per stage; older ones are deleted")
 
@@ -73,8 +73,8 @@ class World:
 
 @dataclass(frozen=True)
 class Pretrain:
-    steps: int = setting(1500, "optimizer steps")
-    batch_tokens: int = setting(1024, "tokens in a step, padding included, all processes together")
+    steps: int = setting(1400, "optimizer steps")
+    batch_tokens: int = setting(1536, "tokens in a step, padding included, all processes together")
     block: int = setting(128, "longest row, tokens; longer documents are cut into pieces")
     lr: float = setting(3e-3, "peak learning rate of embeddings, norms and biases (AdamW); warm-up over 2 percent, then linear to 0")
     matrix_lr: float = setting(0.02, "peak learning rate of the blocks' matrices (Muon)")
@@ -84,8 +84,8 @@ class Pretrain:
 @dataclass(frozen=True)
 class Sft:
     epochs: float = setting(1.0, "passes over the demonstrations")
-    batch_size: int = setting(64, "demonstrations in an optimizer step, all processes together")
-    microbatch: int = setting(64, "demonstrations in memory at once, per process")
+    batch_size: int = setting(32, "demonstrations in an optimizer step, all processes together")
+    microbatch: int = setting(32, "demonstrations in memory at once, per process")
     lr: float = setting(5e-4, "peak learning rate; warm-up over 3 percent, then cosine to 0")
     lm_loss_weight: float = setting(0.0, "weight of the language-model loss on prompt tokens (GPT-1: 0.5)")
 
@@ -96,7 +96,7 @@ class Collect:
     eval_prompts: int = setting(400, "held-out prompts that get ranked answers, for the reward model's evaluation")
     k: int = setting(4, "answers sampled and ranked per prompt, 2 to 9")
     temperature: float = setting(1.0, "sampling temperature")
-    batch_size: int = setting(512, "completions sampled together")
+    batch_size: int = setting(2048, "completions sampled together")
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,15 @@ class Reward:
 
 @dataclass(frozen=True)
 class Ppo:
-    rollouts: int = setting(40, "PPO steps: rollouts sampled and learned from")
+    rollouts: int = setting(30, "PPO steps: rollouts sampled and learned from")
     batch_size: int = setting(256, "prompts in a rollout, all processes together")
-    minibatches: int = setting(2, "optimizer steps per epoch over a rollout")
-    epochs: int = setting(2, "passes over each rollout")
+    minibatches: int = setting(4, "optimizer steps per epoch over a rollout")
+    epochs: int = setting(1, "passes over each rollout")
     microbatch_tokens: int = setting(8192, "tokens in memory at once in training passes, per process")
-    lr: float = setting(1e-4, "peak learning rate of the policy, linear to 0 over the run")
+    lr: float = setting(2e-4, "peak learning rate of the policy, linear to 0 over the run")
     value_lr: float = setting(3e-4, "peak learning rate of the value model, linear to 0")
     warmup_rollouts: int = setting(2, "rollouts in which only the value model learns")
-    kl_coef: float = setting(0.1, "price of one nat of KL to the SFT policy, in units of the normalised score")
+    kl_coef: float = setting(0.15, "price of one nat of KL to the SFT policy, in units of the normalised score")
     kl_target: float | None = setting(None, "nats per completion; set: the KL coefficient adapts to it (horizon kl_horizon)")
     kl_horizon: int = setting(10_000, "completions, time constant of the adaptive KL coefficient")
     gamma: float = setting(1.0, "discount")
@@ -147,7 +147,7 @@ class Ppo:
 
 @dataclass(frozen=True)
 class Compare:
-    policies: list[str] = setting(["pretrained", "sft", "best_of_4", "ppo"], "who answers; best_of_N picks by the reward model among N of SFT's answers")
+    policies: list[str] = setting(["pretrained", "sft", "best_of_4", "ppo"], "who answers; best_of_N: of N SFT answers the reward model's choice")
     prompts: int = setting(500, "held-out prompts")
     judge: str = setting("auto", "gold, judge (a reward model of its own on kept-apart prompts), proxy, or a folder; auto: the first there is")
     temperature: float = setting(1.0, "sampling temperature of every policy")
@@ -319,11 +319,13 @@ RANGES = {  # lowest and highest legal value
     "data.max_prompt_tokens": (1, 1 << 20), "data.max_completion_tokens": (2, 1 << 20),
 }
 POSITIVE = (
-    "pretrain.steps", "pretrain.batch_tokens", "pretrain.block", "pretrain.lr", "pretrain.matrix_lr", "sft.epochs", "sft.batch_size", "sft.microbatch", "sft.lr",
+    "pretrain.steps", "pretrain.batch_tokens", "pretrain.block", "pretrain.lr", "pretrain.matrix_lr",
+    "sft.epochs", "sft.batch_size", "sft.microbatch", "sft.lr",
     "collect.prompts", "collect.eval_prompts", "collect.batch_size", "reward.epochs", "reward.batch_size", "reward.microbatch", "reward.lr",
     "reward.normalise_prompts", "ppo.rollouts", "ppo.batch_size", "ppo.minibatches", "ppo.epochs", "ppo.microbatch_tokens", "ppo.lr",
-    "ppo.value_lr", "ppo.eval_every", "ppo.save_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts", "compare.batch_size", "run.save_every",
-    "run.keep_checkpoints", "ppo.clip", "ppo.value_clip", "ppo.max_grad_norm", "ppo.kl_target", "ppo.target_kl", "pipeline.early_rollouts",
+    "ppo.value_lr", "ppo.eval_every", "ppo.save_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts", "compare.batch_size",
+    "run.save_every", "run.keep_checkpoints", "ppo.clip", "ppo.value_clip", "ppo.max_grad_norm", "ppo.kl_target", "ppo.target_kl",
+    "pipeline.early_rollouts",
 )
 NOT_NEGATIVE = (
     "run.threads", "model.lora_rank", "world.documents", "world.demonstrations", "world.prompts", "world.test_prompts", "pretrain.weight_decay",
@@ -353,6 +355,6 @@ def _check(config: Config) -> None:
         raise InputError(f"ppo.batch_size={config.ppo.batch_size} is not a multiple of ppo.minibatches={config.ppo.minibatches}; change one of them")
     if config.model.init is None:
         wanted = config.data.max_prompt_tokens + config.data.max_completion_tokens
-        if wanted > config.model.context or config.pretrain.block > config.model.context:
+        if max(wanted, config.pretrain.block) > config.model.context // 8 * 8:  # widths of batches are rounded up to multiples of 8
             raise InputError(f"model.context={config.model.context} is shorter than a prompt with its completion ({wanted} tokens) "
                              f"or pretrain.block={config.pretrain.block}; raise model.context")

@@ -30,7 +30,7 @@ class Encoder:
 
     def __init__(self, tokenizer):
         if tokenizer.eos_token_id is None:
-            raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token, so completions could never end; set eos_token in its config")
+            raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token, so no completion could end; set eos_token in its config")
         if tokenizer.chat_template is None:
             tokenizer.chat_template = PLAIN_TEMPLATE
         _give_pad_token(tokenizer)

@@ -5,7 +5,6 @@ Shapes: B rows, P prompt tokens, C completion tokens, T all tokens of a row.
 
 import torch
 
-
 WIDTH_STEP = 8  # widths of training batches are multiples of this: oneDNN compiles a kernel for every new shape, 2 ms each
 
 

@@ -111,7 +111,8 @@ def _ppo_loss(accelerator, model, rollout, rows: list[int], settings: UpdateSett
         ratio_BC = torch.exp(torch.where(batch.mask_BC, logprobs_BC - old_BC, 0.0))
         off_BC = (ratio_BC - 1).abs()
         kl_sum = torch.where(batch.mask_BC, k3(old_BC, logprobs_BC), 0.0).sum()
-        figures = torch.stack([policy_sum.detach(), value_sum.detach(), kl_sum, (off_BC > settings.clip).sum(), kl_sum * 0, count, count * 0]).double()
+        clipped = (off_BC > settings.clip).sum()
+        figures = torch.stack([policy_sum.detach(), value_sum.detach(), kl_sum, clipped, kl_sum * 0, count, count * 0]).double()
     return settings.policy_coef * policy_sum + settings.value_coef * value_sum, figures, off_BC.max().double()
 
 

@@ -30,7 +30,7 @@ def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) ->
     rows = [Prompt(r["prompt"], encoder.prompt_ids(r["prompt"]), r["id"], r.get("family")) for r in read_jsonl(path)]
     kept = [row for row in rows if len(row.ids) <= max_tokens]
     if not kept:
-        raise InputError(f"{path}: none of {len(rows)} prompts has at most data.max_prompt_tokens={max_tokens} tokens; raise it or give other prompts")
+        raise InputError(f"{path}: none of {len(rows)} prompts has at most data.max_prompt_tokens={max_tokens} tokens; raise it, or give others")
     if len(kept) < len(rows):
         say(f"prompts: {len(rows) - len(kept):,} of {len(rows):,} {split} prompts left out, longer than data.max_prompt_tokens={max_tokens}")
     return kept

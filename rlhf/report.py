@@ -169,7 +169,7 @@ def _tiles(summary: dict) -> list[dict]:
     ratio = length_ratio(summary, row)
     if ratio is not None:
         tiles.append(("Length", f"{ratio:.2f} ×", f"{_number(b['length_mean'], 1)} → {_number(a['length_mean'], 1)} tokens"))
-    return [dict(zip(("name", "value", "note"), tile)) for tile in tiles]
+    return [dict(zip(("name", "value", "note"), tile, strict=True)) for tile in tiles]
 
 
 # --- charts -------------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _stage(name: str, rows: list[dict]) -> dict:
     for number, (panel, keys, reference) in enumerate(PANELS):
         points = {key: _figures(rows, key) for key in keys}
         lines = [
-            charts.Series(how, *zip(*points[key]), charts.INK if how == HELD_OUT else STAGE_SLOTS.get(base, "extra-3"), how == HELD_OUT)
+            charts.Series(how, *zip(*points[key], strict=True), charts.INK if how == HELD_OUT else STAGE_SLOTS.get(base, "extra-3"), how == HELD_OUT)
             for key, how in keys.items()
             if len(points[key]) > 1
         ]

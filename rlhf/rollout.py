@@ -56,7 +56,8 @@ class Rollout:
 
 
 @torch.no_grad()
-def evaluate_tokens(model, ref_logprobs, rows: list[tuple[list[int], list[int]]], pad_id: int, temperature: float, budget: int, device) -> list[tuple]:
+def evaluate_tokens(model, ref_logprobs, rows: list[tuple[list[int], list[int]]], pad_id: int, temperature: float, budget: int,
+                    device) -> list[tuple]:
     """For each (prompt, completion): CPU tensors (logprobs_C, ref_logprobs_C, entropy_C, values_C).
 
     `model` is a PolicyAndValue, `ref_logprobs` a function of Rows. The rows go through in microbatches of the update's layout, so that the

@@ -138,7 +138,7 @@ def lock_run(run: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        raise InputError(f"{run}: process {file.read().strip() or '?'} works on this run; wait for it, stop it, or name another run.dir=...") from None
+        raise InputError(f"{run}: process {file.read().strip() or '?'} works on this run; wait, stop it, or name another run.dir=...") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

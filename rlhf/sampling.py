@@ -84,7 +84,8 @@ def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[li
     uniforms_BC, running, sampled = uniforms_BC.to(device), torch.arange(len(prompts), device=device), []
     going = torch.ones_like(running, dtype=torch.bool)
     for column in range(limit):
-        logits = policy(input_ids=ids, attention_mask=mask_BT[:, : round_up(width + column, WIDTH_STEP)], position_ids=position, past_key_values=cache, use_cache=True,
+        seen_BT = mask_BT[:, : round_up(width + column, WIDTH_STEP)]
+        logits = policy(input_ids=ids, attention_mask=seen_BT, position_ids=position, past_key_values=cache, use_cache=True,
                         logits_to_keep=1).logits[:, -1]
         ids = _draw(logits, uniforms_BC[:, column], temperature)[:, None]
         sampled.append((running, ids[:, 0]))

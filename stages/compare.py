@@ -33,7 +33,8 @@ BEST_OF = re.compile(r"best_of_(\d+)")
 def main(config: Config) -> None:
     settings, run = config.compare, Path(config.run.dir)
     sources = {name: source for name in settings.policies if (source := _source(config, name)) is not None}
-    parents = tuple(stage for stage in ("prepare", "sft", "reward", "ppo", "judge") if (run / stage / "DONE").is_file() or stage in ("prepare", "sft", "reward"))
+    needed, used = ("prepare", "sft", "reward"), ("ppo", "judge")
+    parents = needed + tuple(stage for stage in used if (run / stage / "DONE").is_file())
     stage = open_stage("compare", config, parents=parents)
     if stage.done:
         say(f"compare: already done: {stage.folder / 'report.html'}")
@@ -147,7 +148,8 @@ def _samples(prompts: list[Prompt], answers: dict, scores: dict, judge: str) -> 
 
 def _curves(run: Path) -> dict[str, list[dict]]:
     """metrics.jsonl of every stage that has one."""
-    return {path.parent.name: list(read_jsonl(path)) for name in ("pretrain", "sft", "reward", "ppo") if (path := run / name / "metrics.jsonl").is_file()}
+    paths = [run / name / "metrics.jsonl" for name in ("pretrain", "sft", "reward", "ppo")]
+    return {path.parent.name: list(read_jsonl(path)) for path in paths if path.is_file()}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ ranks answers of that policy too; the last reward model learns from all rankings
 
 import sys
 import time
+from functools import partial
 
 from rlhf.cli import run_stage
 from rlhf.config import Config
@@ -25,9 +26,9 @@ def main(config: Config) -> None:
     for number in range(1, rounds):
         within = f"round_{number}"
         early = replace_section(config, "ppo", rollouts=config.pipeline.early_rollouts)
-        _timed(f"round {number} collect", lambda: collect.main(config, number))
-        _timed(f"round {number} reward", lambda: reward.main(config, within))
-        _timed(f"round {number} ppo", lambda: ppo.main(early, within))
+        _timed(f"round {number} collect", partial(collect.main, config, number))
+        _timed(f"round {number} reward", partial(reward.main, config, within))
+        _timed(f"round {number} ppo", partial(ppo.main, early, within))
     for stage in (collect, reward, ppo, compare):
         _timed(stage.__name__, lambda stage=stage: stage.main(config))
     say(f"pipeline: {time.perf_counter() - began:.0f} s in all")

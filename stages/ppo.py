@@ -111,7 +111,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
             state = _next_state(state, figures, settings, stage)
             bar.update(step + 1, score=figures["score_mean"], kl=figures["kl"], length=figures["length_mean"], tokens_per_second=int(real / seconds))
             if (step + 1) % settings.save_every == 0 and step + 1 < settings.rollouts:
-                save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, kl_coef=state["kl_coef"], bad_rollouts=state["bad_rollouts"])
+                save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints,
+                                kl_coef=state["kl_coef"], bad_rollouts=state["bad_rollouts"])
 
     if average is not None:
         average.copy_to_model()
@@ -135,8 +136,8 @@ def _scorer(config: Config, within: Path, attention: str, device):
 def _announce(config: Config, accelerator, prompts) -> None:
     settings = config.ppo
     say(f"ppo: {describe(accelerator)}; {len(prompts):,} prompts")
-    say(f"ppo: {settings.rollouts} rollouts x {settings.batch_size} completions, each {settings.epochs} epochs x {settings.minibatches} minibatches of "
-        f"{settings.batch_size // settings.minibatches} = {settings.rollouts * settings.epochs * settings.minibatches} optimizer steps; "
+    say(f"ppo: {settings.rollouts} rollouts x {settings.batch_size} completions, each {settings.epochs} epochs x {settings.minibatches} minibatches "
+        f"of {settings.batch_size // settings.minibatches} = {settings.rollouts * settings.epochs * settings.minibatches} optimizer steps; "
         f"KL coefficient {settings.kl_coef}")
 
 
@@ -182,7 +183,7 @@ def _next_state(state: dict, figures: dict, settings, stage) -> dict:
     all_skipped = figures["skipped_steps"] == figures["epochs_run"] * settings.minibatches
     bad = state["bad_rollouts"] + 1 if all_skipped else 0
     if bad >= SKIPS_IN_A_ROW:
-        raise TrainingStopped(f"ppo: no gradient was finite in {bad} rollouts in a row; the last good weights are in {stage.checkpoints}; lower ppo.lr")
+        raise TrainingStopped(f"ppo: no gradient was finite in {bad} rollouts in a row; the last good weights: {stage.checkpoints}; lower ppo.lr")
     kl_coef = state["kl_coef"]
     if settings.kl_target is not None:
         kl_coef = adapted_kl_coef(kl_coef, figures["kl"], settings.kl_target, settings.batch_size, settings.kl_horizon)

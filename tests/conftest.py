@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from rlhf import world
+from rlhf import runs, world
 from rlhf.encoding import Encoder
 from rlhf.models import new_gpt, save_model, train_tokenizer
 
@@ -27,12 +27,23 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_accelerate():
-    """accelerate keeps one state per process, and refuses another precision after the first: each file of tests starts anew."""
+@pytest.fixture(autouse=True)
+def as_a_new_process():
+    """Each test starts as a program does: without accelerate's state, which refuses a second precision, and without locks on run folders.
+
+    Fixtures of a whole file are made before this, so what they leave is cleared as well.
+    """
+    _forget()
     yield
+    _forget()
+
+
+def _forget() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    for lock in runs._locks.values():
+        lock.close()
+    runs._locks.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -158,4 +158,5 @@ def test_P2_equal_values_whiten_to_0_and_not_to_nan():
 
 def test_P2_small_spread_on_a_large_mean_keeps_its_digits():
     values = torch.tensor([[1000.0, 1000.5, 1001.0]])
-    torch.testing.assert_close(whitened(values, torch.ones(1, 3, dtype=torch.bool)), torch.tensor([[-(1.5**0.5), 0.0, 1.5**0.5]]), rtol=1e-4, atol=1e-4)
+    expected = torch.tensor([[-(1.5**0.5), 0.0, 1.5**0.5]])
+    torch.testing.assert_close(whitened(values, torch.ones(1, 3, dtype=torch.bool)), expected, rtol=1e-4, atol=1e-4)

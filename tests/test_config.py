@@ -148,6 +148,9 @@ def test_a_batch_that_does_not_divide_is_refused_with_both_numbers():
 def test_a_context_too_short_for_the_data_is_refused_unless_the_backbone_is_given():
     assert "model.context" in refusal("model.context=64")
     load("model.context=64", "model.init=some/model")
+    data = ["data.max_prompt_tokens=70", "data.max_completion_tokens=58", "pretrain.block=64"]
+    load("model.context=128", *data)
+    refusal("model.context=130", "data.max_prompt_tokens=72", *data[1:])  # 130 tokens, in batches 136 wide
 
 
 def test_a_file_that_is_not_there_is_refused_with_those_that_are():

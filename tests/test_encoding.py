@@ -175,8 +175,8 @@ def test_a_template_that_leaves_a_message_out_is_refused():
 
 def test_a_template_that_trims_and_adds_a_system_turn_keeps_what_it_adds():
     tokenizer = byte_tokenizer(eos_token="<eos>")
-    tokenizer.chat_template = ("{% if messages[0]['role'] != 'system' %}[sys]{% endif %}{% for m in messages %}({{ m['role'] }}){{ m['content'] | trim }}"
-                               "{% endfor %}{% if add_generation_prompt %}(assistant){% endif %}")
+    tokenizer.chat_template = ("{% if messages[0]['role'] != 'system' %}[sys]{% endif %}{% for m in messages %}"
+                               "({{ m['role'] }}){{ m['content'] | trim }}{% endfor %}{% if add_generation_prompt %}(assistant){% endif %}")
     assert bytes_of(Encoder(tokenizer).prompt_ids(user("hello")), tokenizer) == "[sys](user)hello(assistant)"
 
 

@@ -44,9 +44,9 @@ def rows(pairs=None, pad_id=None):
 
 def test_rows_by_hand():
     made = make_rows([[5, 6], [7]], [[8, 2], [9, 9, 2]], 0, "cpu")
-    assert made.ids_BT.tolist() == [[5, 6, 8, 2], [7, 9, 9, 2]]
+    assert made.ids_BT.tolist() == [[5, 6, 8, 2, 0, 0, 0, 0], [7, 9, 9, 2, 0, 0, 0, 0]]  # widths are multiples of 8
     assert made.mask_BC.tolist() == [[True, True, False], [True, True, True]]
-    assert made.before_N.tolist() == [1, 2, 4, 5, 6]  # flat places of 6, 8 | 7, 9, 9
+    assert made.before_N.tolist() == [1, 2, 8, 9, 10]  # flat places of 6, 8 | 7, 9, 9
     assert made.targets_N.tolist() == [8, 2, 9, 9, 2]
     assert made.last_B.tolist() == [3, 3] and made.tokens == 8
     assert made.spread(torch.arange(1.0, 6.0)).tolist() == [[1, 2, 0], [3, 4, 5]]

@@ -6,7 +6,8 @@ written out twice.
 
 import dataclasses
 import math
-import random
+import subprocess
+import sys
 import types
 
 import pytest
@@ -17,10 +18,12 @@ from rlhf.checkpoints import finished_checkpoints, load_checkpoint, save_checkpo
 from rlhf.errors import TrainingStopped
 from rlhf.models import load_encoder, load_policy, load_reward_model, save_model
 from rlhf.optimizers import linear_lr, new_optimizer, set_lr
-from rlhf.passes import make_rows, policy_pass
+from rlhf.passes import make_rows
+from rlhf.paths import PACKAGE
 from rlhf.ppo import MovingAverage, update
 from rlhf.value import new_value_model, ppo_optimizer
 from stages import ppo as stage
+from tests import processes
 from tests.helpers import collect, cpu, nano, policy_and_value, rough, settings, snapshot, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -146,6 +149,29 @@ def test_A4_nan_on_padding_reaches_neither_gradients_nor_figures():
     poisoned = dataclasses.replace(rollout, **{n: torch.where(rollout.mask_BC, getattr(rollout, n), math.nan) for n in names})
     (clean, figures), (found, same) = gradients(model, rollout), gradients(model, poisoned)
     assert same == figures and all(torch.equal(found[n], clean[n]) for n in clean)
+
+
+@pytest.mark.parametrize("kind", ["separate", pytest.param("shared", marks=pytest.mark.slow)])
+def test_A1_P2_P4_two_processes_make_the_rollout_and_the_gradients_of_one(tmp_path, kind):
+    """Rows, whitened advantages and figures of one process; gradients to rounding; ratios of 1 at the first minibatch."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml", "--main_process_port", "0",
+               "-m", "tests.processes", str(tmp_path / "two"), kind]
+    launched = subprocess.Popen(command, cwd=PACKAGE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    processes.main(str(tmp_path / "one"), kind)
+    said, _ = launched.communicate(timeout=200)
+    assert launched.returncode == 0, said[-3000:]
+    one, two = (torch.load(tmp_path / name, weights_only=False) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name, value in one["rollout"].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(two["rollout"][name], value, rtol=0, atol=2e-5)
+        else:
+            assert two["rollout"][name] == value
+    assert two["figures"] == pytest.approx(one["figures"], rel=1e-3, abs=1e-4)
+    assert one["figures"]["first_ratio_error"] < 1e-4 and two["figures"]["first_ratio_error"] < 1e-4
+    assert len(one["steps"]) == len(two["steps"]) == 2
+    for found, expected in zip(two["steps"], one["steps"], strict=True):
+        assert_same_gradients(found, expected)
 
 
 # What the update reports

@@ -267,7 +267,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(full):
     assert all(reference.startswith("#") for reference in page.references)
     assert {reference[1:] for reference in page.references} <= set(page.ids)
     assert not re.search(r"https?://|@import|url\((?!#)", html)
-    assert {name for name in re.findall(r"url\(#([^)]+)\)", html)} <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(page.ids)
 
 
 def test_every_colour_has_a_value(full):

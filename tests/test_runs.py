@@ -106,7 +106,8 @@ def test_the_same_experiment_is_opened_again_and_a_finished_one_is_left_as_it_is
 
 
 @pytest.mark.parametrize(("stage", "section", "change"), [
-    ("pretrain", "pretrain", {"lr": 0.5}), ("ppo", "ppo", {"clip": 0.3}), ("collect", "world", {"agreement": 0.8}), ("sft", "run", {"precision": "fp32"})])
+    ("pretrain", "pretrain", {"lr": 0.5}), ("ppo", "ppo", {"clip": 0.3}), ("collect", "world", {"agreement": 0.8}),
+    ("sft", "run", {"precision": "fp32"})])
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_folder_of_other_settings_is_refused_with_what_changed_and_left_alone(config, stage, section, change, finished):
     opened = open_stage(stage, config)
@@ -157,14 +158,22 @@ def test_a_folder_whose_settings_were_deleted_is_refused_too(config):
 
 
 def test_every_stage_says_which_sections_it_reads():
-    names = {field for field in config_from_tree({}, "").__dataclass_fields__}
+    names = set(config_from_tree({}, "").__dataclass_fields__)
     for entries in READS.values():
         assert {entry.partition(".")[0] for entry in entries} <= names
 
 
 # The lock
 
-HOLD = "import sys; from pathlib import Path; from rlhf.runs import lock_run; lock_run(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import sys
+from pathlib import Path
+from rlhf.runs import lock_run
+
+lock_run(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_run_that_another_process_works_on_is_refused_by_its_pid_and_free_after_a_kill(config):

@@ -1,4 +1,4 @@
-"""Scores: read at the end token wherever padding is, normalisation that travels, other tokenizers, callables, ensembles (CANON R2, R5, R7, S2, S4)."""
+"""Scores: read at the end token wherever padding is, normalised, from other tokenizers, callables, ensembles (CANON R2, R5, R7, S2, S4)."""
 
 import json
 import random
@@ -153,7 +153,8 @@ def test_S4_a_callable_gets_the_last_user_turns_and_the_completions_as_text():
 
 
 @pytest.mark.usefixtures("callables")
-@pytest.mark.parametrize(("name", "says"), [("my_scores", "module:function"), ("my_scores:missing", "missing"), ("no_such_module:f", "no_such_module")])
+@pytest.mark.parametrize(("name", "says"), [("my_scores", "module:function"), ("my_scores:missing", "missing"),
+                                            ("no_such_module:f", "no_such_module")])
 def test_S4_a_callable_that_is_not_there_is_refused(name, says):
     with pytest.raises(InputError, match=says):
         CallableScorer(name)

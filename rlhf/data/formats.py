@@ -187,7 +187,7 @@ def recognise(rows_head: list[dict], kind: str, mapping: dict[str, str] | None =
     if not any(counts):
         raise InputError(_no_fit(rows, kind, source))
     enough = min(max(counts), len(rows) / 2)  # the first, not the largest: a broken row still looks like a bare prompt
-    return next(form for form, count in zip(FORMATS[kind], counts) if count >= enough)
+    return next(form for form, count in zip(FORMATS[kind], counts, strict=True) if count >= enough)
 
 
 def named_format(name: str, kind: str, source: str) -> Format:

@@ -60,7 +60,7 @@ def transcript(value: object) -> Messages:
     parts = _TURN.split(value)
     if parts[0].strip() or len(parts) < 3 or parts[1] != "Human":
         raise Unusable("not a transcript")
-    return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
+    return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def history_messages(value: object) -> Messages:

@@ -78,7 +78,7 @@ def read_qa_feedback(row: dict) -> Iterator[Example]:
         yield Example(prompt=prompt, problem="no verdict")
         return
     wins = [0] * len(answers)
-    for pair, vote in zip(pairs, votes):
+    for pair, vote in zip(pairs, votes, strict=True):
         winner, _ = coded_verdict(vote, {0: TIE, 1: FIRST, 2: SECOND})
         if winner != TIE:
             wins[pair[winner - 1]] += 1

@@ -359,7 +359,7 @@ def _strict_texts(path: Path) -> Iterator[str]:
 def _cells_row(names: list[str], cells: list[str]) -> "dict | Drop":
     if len(cells) != len(names):
         return Drop("cells and columns differ in number", f"{len(cells)} cells, {len(names)} columns")
-    return {name: _cell(name, cell) for name, cell in zip(names, cells)}
+    return {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
 
 
 def _cell(name: str, cell: str) -> object:

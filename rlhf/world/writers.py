@@ -11,8 +11,13 @@ WRONG_SHARE = 0.2  # of the flaws: the worst one of the family (wrong, fabricate
 CONVERSATION_SHARE = 0.55  # of the plain text: a question with its answer
 RETELLING_SHARE = 0.2  # of the plain text: something said, and said again by somebody else; what teaches a model to copy
 SMALL_TALK_SHARE = 0.04
-RETELLINGS = ("{name} said: {said} {name2} heard: {said}", "{name} wrote: {said} {name2} read it: {said}", "{said} Yes, {said}", "{said} {said}")
-CONVERSATIONS = ("Question: {prompt} Answer: {answer}", "Q: {prompt} A: {answer}", "Somebody asked: {prompt} The reply was: {answer}")
+RETELLINGS = ("{name} said: {said} {name2} heard: {said}", "{name} wrote: {said} {name2} read it: {said}", "{said}\n{said}", "{said} {said}")
+CONVERSATIONS = (  # a line begins with other tokens than the middle of one: most answers begin a line, as they begin a turn after SFT
+    "{prompt}\n{answer}",
+    "{prompt}\n{answer}",
+    "Question: {prompt}\nAnswer:\n{answer}",
+    "Somebody asked: {prompt} The reply was: {answer}",
+)
 
 
 def write_demonstration(prompt: str, rng: random.Random, flaw_rate: float = 0.5) -> str:

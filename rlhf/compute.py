@@ -4,7 +4,7 @@ import os
 
 import torch
 import torch.distributed
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from rlhf.config import Config
@@ -40,6 +40,11 @@ def describe(accelerator: Accelerator) -> str:
     where = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}"
     threads = f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""
     return f"{where}{threads}, {'bf16 passes over fp32 weights' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
+
+
+def wait_for_everyone() -> None:
+    """Returns when every process has come here; at once where there is one."""
+    PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
 
 
 def sum_over_processes(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:

@@ -152,7 +152,6 @@ class Compare:
     judge: str = setting("auto", "gold, judge (a reward model of its own on kept-apart prompts), proxy, or a folder; auto: the first there is")
     temperature: float = setting(1.0, "sampling temperature of every policy")
     batch_size: int = setting(500, "completions sampled together")
-    examples: int = setting(20, "prompts shown side by side in the report")
 
 
 @dataclass(frozen=True)
@@ -329,7 +328,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "run.threads", "model.lora_rank", "world.documents", "world.demonstrations", "world.prompts", "world.test_prompts", "pretrain.weight_decay",
-    "sft.lm_loss_weight", "ppo.warmup_rollouts", "ppo.kl_coef", "ppo.value_coef", "ppo.ptx_coef", "ppo.uncertainty_coef", "compare.examples",
+    "sft.lm_loss_weight", "ppo.warmup_rollouts", "ppo.kl_coef", "ppo.value_coef", "ppo.ptx_coef", "ppo.uncertainty_coef",
 )
 
 

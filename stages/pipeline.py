@@ -12,6 +12,7 @@ import time
 from functools import partial
 
 from rlhf.cli import run_stage
+from rlhf.compute import wait_for_everyone
 from rlhf.config import Config
 from rlhf.progress import say
 from rlhf.runs import replace_section
@@ -37,6 +38,7 @@ def main(config: Config) -> None:
 def _timed(name: str, action) -> None:
     began = time.perf_counter()
     action()
+    wait_for_everyone()  # the main process alone writes what the next stage reads
     say(f"pipeline: {name.removeprefix('stages.')} took {time.perf_counter() - began:.0f} s")
 
 

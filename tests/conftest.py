@@ -10,6 +10,7 @@ import copy
 import ipaddress
 import socket
 
+import hypothesis
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -19,6 +20,10 @@ from rlhf.encoding import Encoder
 from rlhf.models import new_gpt, save_model, train_tokenizer
 
 CONTEXT, VOCABULARY = 256, 600  # tokens
+
+# How long an example takes says something about the neighbours on this machine, nothing about the code.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ COPIED = ("rlhf", "stages", "tests", "configs", "data", "pyproject.toml")
 PRELOADED = ("pytest", "hypothesis", "yaml", "torch", "transformers", "accelerate", "peft", "transformers.models.gpt2.modeling_gpt2",
              "transformers.models.llama.modeling_llama")
 TESTS_FAILED = 1  # pytest's exit code when tests ran and some failed
-LONGEST = 180  # seconds
+LONGEST = 300  # seconds, on a busy machine too
 
 
 @dataclass(frozen=True)
@@ -300,8 +300,8 @@ def _plant(scratch: Path, bug: Bug) -> bool:
     code, output = _run(scratch, bug.test, f"_{bug.code}_" if bug.code else "")
     path.write_text(text, encoding="utf-8")
     red = re.search(r"FAILED (\S+)", output)
-    how = red[1].partition("::")[2] if red else "did not end" if code is None else f"pytest ended with {code}"
-    caught = code in (TESTS_FAILED, None)
+    how = red[1].partition("::")[2] if red else f"pytest ended with {code}"
+    caught = code == TESTS_FAILED
     seconds = time.perf_counter() - began
     print(f"{'caught' if caught else 'MISSED'}  {bug.code:4} {bug.file}: {bug.breaks}  ({bug.test}: {how}, {seconds:.1f} s)", flush=True)
     if not caught:

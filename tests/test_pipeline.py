@@ -101,7 +101,7 @@ def test_another_experiment_is_refused_and_nothing_written_over(run):
     before = {path: path.stat().st_mtime_ns for path in (run / "ppo").rglob("*")}
     done = launch("stages.ppo", "--config", TINY, f"run.dir={run}", "ppo.lr=0.5")
     assert done.returncode == 2
-    assert "ppo.lr was 0.0001 and is now 0.5" in done.stderr and "Traceback" not in done.stderr
+    assert "ppo.lr was 0.0002 and is now 0.5" in done.stderr and "Traceback" not in done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in (run / "ppo").rglob("*")}
 
 

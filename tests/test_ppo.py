@@ -152,8 +152,8 @@ def test_A4_nan_on_padding_reaches_neither_gradients_nor_figures():
 
 
 @pytest.mark.parametrize("kind", ["separate", pytest.param("shared", marks=pytest.mark.slow)])
-def test_A1_P2_P4_two_processes_make_the_rollout_and_the_gradients_of_one(tmp_path, kind):
-    """Rows, whitened advantages and figures of one process; gradients to rounding; ratios of 1 at the first minibatch."""
+def test_two_processes_make_the_rollout_and_the_gradients_of_one(tmp_path, kind):
+    """CANON P2, P4, A1: rows, whitened advantages and figures of one process; gradients to rounding; ratios of 1 at the first minibatch."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml", "--main_process_port", "0",
                "-m", "tests.processes", str(tmp_path / "two"), kind]
     launched = subprocess.Popen(command, cwd=PACKAGE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 from collections import Counter
 from statistics import mean
 
@@ -308,12 +309,12 @@ def test_writers_are_determined_by_their_seed():
 # the text
 
 
-def questions(document):
-    """The prompt and the answer of a document that is a conversation, or None."""
-    for form in CONVERSATIONS:
-        before, between, _ = form.replace("{answer}", "{prompt}").split("{prompt}")
-        if document.startswith(before) and between in document:
-            return tuple(document[len(before) :].split(between, 1))
+def questions(document: str) -> tuple[str, str] | None:
+    """The (prompt, answer) of a document that is a conversation; retellings name no answer and two equal lines are one."""
+    for form in sorted(set(CONVERSATIONS), key=len, reverse=True):
+        found = re.fullmatch(re.escape(form).replace(r"\{prompt\}", "(?P<prompt>[^\n]+?)").replace(r"\{answer\}", "(?P<answer>[^\n]+)"), document)
+        if found and found["prompt"] != found["answer"] and family_of(found["prompt"]):
+            return found["prompt"], found["answer"]
     return None
 
 

@@ -8,10 +8,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from rlhf.config import Config
+from rlhf.quiet import quiet_libraries
 
 
 def start(config: Config, seed_offset: int = 0) -> Accelerator:
     """An accelerator in the run's precision, threads set, every generator seeded alike on all processes."""
+    quiet_libraries()
     torch.set_num_threads(threads_per_process(config.run.threads))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.run.precision))
     set_seed(config.seed + seed_offset)

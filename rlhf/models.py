@@ -20,6 +20,7 @@ from transformers import (
 
 from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Encoder
 from rlhf.errors import InputError
+from rlhf.rankings import fp32_head
 
 SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabulary: 0.2M, 2.2M, 11.5M, 87M
     "nano": (2, 64, 2),
@@ -85,9 +86,10 @@ def load_policy(source: str, encoder: Encoder, attention: str, trust_remote_code
 
 
 def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remote_code: bool = False):
-    """A sequence classifier with one output in fp32 without dropout. Raises InputError."""
+    """A sequence classifier with one output in fp32 without dropout; its head stays in fp32 under autocast. Raises InputError."""
     model = _load(AutoModelForSequenceClassification, source, num_labels=1, dtype=torch.float32, attn_implementation=attention,
                   trust_remote_code=trust_remote_code, **_without_dropout(source, trust_remote_code))
+    fp32_head(model)
     return _fit(model, encoder)
 
 

@@ -5,13 +5,10 @@ lengths alone, so that microbatches, processes and resumes change nothing but ro
 """
 
 import functools
-import logging
 import math
 import os
-import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf.compute import sum_over_processes
@@ -71,31 +67,6 @@ def length_grouped_order(lengths: list[int], batch_size: int, steps: int, seed: 
         for b in torch.randperm(len(window) // batch_size, generator=generator).tolist():
             grouped += window[b * batch_size : (b + 1) * batch_size]
     return grouped
-
-
-def quiet_libraries() -> None:
-    """No bars for loading and writing, and no messages about what is done here on purpose; everything else is still said."""
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # peft sets it right itself
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # said to trl, not to us
-    logger = logging.getLogger("transformers.modeling_utils")
-    if not any(isinstance(f, _OnPurpose) for f in logger.filters):
-        logger.addFilter(_OnPurpose())
-
-
-class _OnPurpose(logging.Filter):
-    """Drops load reports in which nothing but heads is missing or left over (a causal LM became a reward model), and the advice to pass an
-    attention mask (right padding needs none in a causal model)."""
-
-    LINE = re.compile(r"^(\S+)\s*\|\W*(?:\x1b\[\d+m)?(MISSING|UNEXPECTED|MISMATCH|CONVERSION)", re.MULTILINE)
-    HEADS = ("score.", "classifier.", "lm_head.", "cls.", "pooler.", "bert.pooler.")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        if "LOAD REPORT" not in message:
-            return "We strongly recommend passing in an `attention_mask`" not in message
-        lines = self.LINE.findall(message)
-        return not lines or not all(key.startswith(self.HEADS) and status in ("MISSING", "UNEXPECTED") for key, status in lines)
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:

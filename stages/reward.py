@@ -23,11 +23,11 @@ from rlhf.jsonl import read_jsonl, replacing_folder, write_json
 from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, load_reward_model, parameter_count, save_model
 from rlhf.progress import say
 from rlhf.prompts import load_prompts
-from rlhf.rankings import encode_rankings, evaluate_rankings, fp32_head, init_reward_head, judge_share, normalisation
+from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation
 from rlhf.runs import Stage, file_digest, open_stage
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import RewardModelScorer, raw_scores
-from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoint, quiet_libraries
+from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoint
 
 JUDGE_SEED = 7777  # added to the seed of the members
 
@@ -45,7 +45,6 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     if stage.done:
         say(f"{stage.name}: already done in {stage.folder}")
         return
-    quiet_libraries()
     accelerator, settings = start(config), config.reward
     sft = str(Path(config.run.dir) / "sft" / "model")
     source = sft if settings.init == "sft" else settings.init
@@ -96,7 +95,6 @@ def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: l
     """One reward model, trained; its head is drawn anew unless `source` already is a sequence classifier (CANON R1)."""
     settings, attention = config.reward, attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
     reward_model = load_reward_model(source, encoder, attention, config.model.trust_remote_code)
-    fp32_head(reward_model)
     reward_model.config.use_cache = False
     reward_model.config.reward_gain, reward_model.config.reward_bias = 1.0, 0.0
     if not any(name.endswith("ForSequenceClassification") for name in reward_model.config.architectures or []):
@@ -149,7 +147,6 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
     totals, normalised = torch.zeros(len(answers)), []
     for folder in folders:
         model = load_reward_model(str(folder), encoder, attention_kernel(config.model.attention, accelerator.device), config.model.trust_remote_code)
-        fp32_head(model)
         normalised.append({"gain": model.config.reward_gain, "bias": model.config.reward_bias})
         with accelerator.autocast():
             totals += raw_scores(model.to(accelerator.device).eval(), answers, encoder.pad_id)

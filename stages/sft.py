@@ -25,7 +25,7 @@ from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, p
 from rlhf.passes import by_tokens, make_rows, policy_pass
 from rlhf.progress import say
 from rlhf.runs import open_stage
-from rlhf.trl_trainers import DemonstrationTrainer, Recipe, count_steps, last_checkpoint, quiet_libraries
+from rlhf.trl_trainers import DemonstrationTrainer, Recipe, count_steps, last_checkpoint
 
 EVAL_TOKENS = 8192  # in memory at once
 
@@ -36,7 +36,6 @@ def main(config: Config) -> None:
     if stage.done:
         say(f"sft: already done in {stage.folder}")
         return
-    quiet_libraries()
     accelerator = start(config)
     attention = attention_kernel(config.model.attention, accelerator.device)
     source = config.model.init or str(run / "pretrain" / "model")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
 
-from rlhf import trl_trainers
+from rlhf import quiet, trl_trainers
 from rlhf.config import config_from_tree
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
@@ -399,7 +399,7 @@ def test_A4_a_loss_that_is_no_number_stops_the_stage(run, monkeypatch):
 
 def test_only_expected_messages_of_the_loader_are_dropped():
     def shown(text):
-        return trl_trainers._OnPurpose().filter(logging.LogRecord("transformers.modeling_utils", logging.WARNING, "", 0, text, (), None))
+        return quiet._OnPurpose().filter(logging.LogRecord("transformers.modeling_utils", logging.WARNING, "", 0, text, (), None))
 
     def report(*lines):
         return "\x1b[1mGPT2ForSequenceClassification LOAD REPORT\x1b[0m from: x\nKey | Status | \n----+-----+-\n" + "\n".join(lines) + "\n\nNotes:\n"

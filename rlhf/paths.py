@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 def shipped(relative: str) -> Path:
     """Path of a shipped file such as ``configs/quickstart.yaml`` or ``data/world/facts.json``; FileNotFoundError if it is not there."""
-    for root in (PACKAGE.parent, PACKAGE / "_shipped"):
+    for root in (PACKAGE / "_shipped", PACKAGE.parent):  # in site-packages the parent may hold another project's `configs`
         path = root / relative
         if path.exists():
             return path

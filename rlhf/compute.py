@@ -76,10 +76,10 @@ def share(accelerator: Accelerator, rows: list) -> list:
     return rows[len(rows) * index // count : len(rows) * (index + 1) // count]
 
 
-def my_share(accelerator, rows: list) -> list:
-    """This process's rows; every process must have one. Raises ValueError."""
+def my_share(accelerator, rows):
+    """This process's rows of a list or tensor that all processes hold; every process must have one. Raises ValueError."""
     mine = share(accelerator, rows)
-    if not mine:
+    if len(mine) == 0:
         raise ValueError(f"{len(rows)} rows cannot be shared among {accelerator.num_processes} processes")
     return mine
 

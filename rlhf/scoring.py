@@ -93,6 +93,11 @@ class CallableScorer:
         return torch.tensor(scores)
 
 
+def member_folders(stage: Path, members: int) -> list[Path]:
+    """Where the reward models of an ensemble lie below the reward stage's folder."""
+    return [stage / ("model" if m == 0 else f"model_{m}") for m in range(members)]
+
+
 def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attention: str, device) -> Scorer:
     """The reward model at a folder, or an ensemble of several."""
     scorers = []

@@ -25,7 +25,7 @@ from rlhf.prompts import Prompt, gold_scores, load_prompts
 from rlhf.report import write_report
 from rlhf.runs import open_stage, source_commit, versions
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import Scorer, load_scorer
+from rlhf.scoring import Scorer, load_scorer, member_folders
 
 BEST_OF = re.compile(r"best_of_(\d+)")
 
@@ -49,7 +49,7 @@ def main(config: Config) -> None:
         return load_policy(source, encoder, attention, config.model.trust_remote_code).to(accelerator.device).eval()
 
     sft = load(str(run / "sft" / "model"))
-    folders = [run / "reward" / ("model" if m == 0 else f"model_{m}") for m in range(config.reward.members)]
+    folders = member_folders(run / "reward", config.reward.members)
     proxy = load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, accelerator.device)
     answers = {}
     for place, name in enumerate(settings.policies):
@@ -88,10 +88,9 @@ def _source(config: Config, name: str) -> str:
 def _answers(config, accelerator, policy, sft, encoder, proxy: Scorer, prompts: list[Prompt], n: int, place: int) -> list[dict]:
     """An answer to each prompt: ids, text, proxy score, KL to SFT; of n samples the one with the highest proxy score."""
     mine, kept = my_share(accelerator, prompts), []
-    first = len(prompts) * accelerator.process_index // accelerator.num_processes
     size = config.compare.batch_size
     for draw in range(n):
-        uniforms_BC = draw_uniforms(len(prompts), config.data.max_completion_tokens, config.seed, 3, place, draw)[first : first + len(mine)]
+        uniforms_BC = my_share(accelerator, draw_uniforms(len(prompts), config.data.max_completion_tokens, config.seed, 3, place, draw))
         with accelerator.autocast():
             completions = sample(policy, [p.ids for p in mine], uniforms_BC, encoder, config.compare.temperature, size)
             scores = proxy([p.messages for p in mine], completions, encoder).tolist()

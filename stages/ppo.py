@@ -32,7 +32,7 @@ from rlhf.prompts import gold_scores, load_prompts
 from rlhf.rollout import Clock, evaluate_tokens, make_rollout, reference
 from rlhf.runs import open_stage
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import CallableScorer, load_scorer, with_missing_eos
+from rlhf.scoring import CallableScorer, load_scorer, member_folders, with_missing_eos
 from rlhf.value import new_value_model, ppo_optimizer
 
 SKIPS_IN_A_ROW = 5  # rollouts without a single finite step after which the run stops
@@ -72,9 +72,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         """Samples, scores and evaluates `rows` (all processes together); returns the Rollout and its figures."""
         mine = my_share(accelerator, rows)
         uniforms_BC = draw_uniforms(len(rows), config.data.max_completion_tokens, config.seed, *seeds)
-        first = len(rows) * accelerator.process_index // accelerator.num_processes
         with clock("sample"), accelerator.autocast():
-            completions = sample(policy, [p.ids for p in mine], uniforms_BC[first : first + len(mine)], encoder, settings.temperature, len(mine))
+            completions = sample(policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, len(mine))
         with clock("score"), accelerator.autocast():
             scores_B = scorer([p.messages for p in mine], completions, encoder)
         scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)
@@ -129,7 +128,7 @@ def _scorer(config: Config, within: Path, attention: str, device):
     """What scores completions, and the reward model folders behind it (none for a callable)."""
     if config.ppo.score:
         return CallableScorer(config.ppo.score), []
-    folders = [within / "reward" / ("model" if m == 0 else f"model_{m}") for m in range(config.reward.members)]
+    folders = member_folders(within / "reward", config.reward.members)
     return load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, device), folders
 
 

@@ -26,7 +26,7 @@ from rlhf.prompts import load_prompts
 from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation
 from rlhf.runs import Stage, file_digest, open_stage
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import RewardModelScorer, raw_scores
+from rlhf.scoring import RewardModelScorer, member_folders, raw_scores
 from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoint
 
 JUDGE_SEED = 7777  # added to the seed of the members
@@ -51,7 +51,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     encoder = load_encoder(source, config.model.trust_remote_code)
     train, held_out = (_rankings(stage, preferences / f"{split}.jsonl", encoder, config) for split in ("train", "eval"))
     seeds = [config.seed * 1000 + JUDGE_SEED] if stage.name == "judge" else [config.seed * 1000 + m for m in range(settings.members)]
-    folders = [stage.folder / ("model" if m == 0 else f"model_{m}") for m in range(len(seeds))]
+    folders = member_folders(stage.folder, len(seeds))
     steps = count_steps(len(train), settings.batch_size, settings.epochs)
     answers = sum(len(row["completions"]) for row in train)
     say(f"{stage.name}: {describe(accelerator)}; starts from {source}" + (f"; {len(seeds)} members" if len(seeds) > 1 else ""))

@@ -21,7 +21,7 @@ from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.jsonl import read_jsonl, replacing_folder
 from rlhf.losses import language_model_loss
-from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, parameter_count, save_model
+from rlhf.models import add_lora, attention_kernel, backbone, load_encoder, load_policy, parameter_count, save_model
 from rlhf.passes import by_tokens, make_rows, policy_pass
 from rlhf.progress import say
 from rlhf.runs import open_stage
@@ -38,7 +38,7 @@ def main(config: Config) -> None:
         return
     accelerator = start(config)
     attention = attention_kernel(config.model.attention, accelerator.device)
-    source = config.model.init or str(run / "pretrain" / "model")
+    source = backbone(config)
     encoder = load_encoder(source, config.model.trust_remote_code)
     train = _demonstrations(run, "train", encoder, config)
     held_out = _demonstrations(run, "eval", encoder, config)

@@ -36,19 +36,6 @@ def share_of_even_ids(completion):
     return sum(i % 2 == 0 for i in completion) / len(completion)
 
 
-class Recorder:
-    """In place of an optimizer: keeps the gradients of every step and changes nothing."""
-
-    def __init__(self, model):
-        self.model, self.steps = model, []
-
-    def step(self):
-        self.steps.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
-
-    def zero_grad(self):
-        self.model.zero_grad(set_to_none=True)
-
-
 def rollout_of(model, ref=None, **how):
     return collect(cpu(), model, nano(ENCODER, 9) if ref is None else ref, ENCODER, PROMPTS, share_of_even_ids, **how)
 
@@ -62,7 +49,7 @@ def disturbed(rollout, seed=5, old=0.3, values=0.3):
 
 def gradients(model, rollout, ptx_rows=(), **changes):
     """Gradients of a single step over the whole rollout, and the figures."""
-    recorder = Recorder(model)
+    recorder = processes.KeepsGradients(model)
     figures = update(cpu(), model, recorder, rollout, settings(minibatches=1, **changes), PAD, seed=0, ptx_rows=ptx_rows)
     return recorder.steps[0], figures
 
@@ -134,7 +121,7 @@ def test_P4_a_minibatch_is_divided_by_its_own_tokens():
     seen, original = [], rlhf.ppo._step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf.ppo, "_step", lambda a, m, r, rows, *rest: (seen.append(rows), original(a, m, r, rows, *rest))[1])
-        recorder = Recorder(model)
+        recorder = processes.KeepsGradients(model)
         update(cpu(), model, recorder, rollout, settings(minibatches=3), PAD, seed=1)
     tokens = [int(rollout.mask_BC[rows].sum()) for rows in seen]
     assert len(set(tokens)) > 1

@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class World:
-    documents: int = setting(60_000, "pretraining documents the simulator writes")
+    documents: int = setting(80_000, "pretraining documents the simulator writes")
     demonstrations: int = setting(8_000, "demonstrations by writers of mixed skill")
     prompts: int = setting(20_000, "training prompts for collect and ppo")
     test_prompts: int = setting(500, "held-out prompts for compare")
@@ -73,7 +73,7 @@ class World:
 
 @dataclass(frozen=True)
 class Pretrain:
-    steps: int = setting(1400, "optimizer steps")
+    steps: int = setting(2100, "optimizer steps")
     batch_tokens: int = setting(1536, "tokens in a step, padding included, all processes together")
     block: int = setting(128, "longest row, tokens; longer documents are cut into pieces")
     lr: float = setting(3e-3, "peak learning rate of embeddings, norms and biases (AdamW); warm-up over 2 percent, then linear to 0")

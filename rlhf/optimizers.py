@@ -14,14 +14,17 @@ def new_optimizer(model, lr: float, weight_decay: float = 0.0, eps: float = 1e-8
 def pretraining_optimizers(model, lr: float, matrix_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024, as torch has it) for the matrices inside the blocks, AdamW for embeddings, norms and biases.
 
+    Muon's matrices are dealt out to two optimizers, which threads may step side by side.
     On the quickstart's text Muon needed about half of AdamW's tokens (configs/EXPERIMENTS.md).
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    muon = torch.optim.Muon([{"params": matrices, "lr_scale": matrix_lr}], lr=matrix_lr, weight_decay=weight_decay, momentum=0.95)
+    by_size = sorted(matrices, key=torch.numel)
+    muons = [torch.optim.Muon([{"params": half, "lr_scale": matrix_lr}], lr=matrix_lr, weight_decay=weight_decay, momentum=0.95)
+             for half in (by_size[::2], by_size[1::2])]
     adam = torch.optim.AdamW([{"params": others, "lr_scale": lr}], lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return [muon, adam]
+    return [*muons, adam]
 
 
 def linear_lr(step: int, steps: int, warmup: float = 0.0) -> float:

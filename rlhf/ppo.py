@@ -1,8 +1,8 @@
 """The PPO update: epochs, minibatches and microbatches over one rollout, and what it reports (CANON P3-P5, P9-P11, A1, A4)."""
 
-import contextlib
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,6 +11,7 @@ from rlhf.kl import k3
 from rlhf.losses import language_model_loss, policy_loss, value_loss
 from rlhf.passes import PolicyAndValue, by_tokens, make_rows
 from rlhf.rollout import Rollout
+from rlhf.workers import ALONE, Workers, accumulate
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class UpdateSettings:
 SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "tokens", "ptx_tokens")
 
 
-def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSettings, pad_id: int, seed: int, ptx_rows=(), after_step=None) -> dict:
+def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSettings, pad_id: int, seed: int, ptx_rows=(), after_step=None,
+           workers: Workers = ALONE) -> dict:
     """Optimizes `model` (a prepared PolicyAndValue) on a rollout; returns figures for metrics.jsonl.
 
     `ptx_rows`: (prompt, completion) id pairs for PPO-ptx, shared out over the optimizer steps. `after_step()` runs after each step.
+    `workers`: microbatches are differentiated side by side where there are several.
     A step whose gradient is not finite is left out and counted.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -47,7 +50,7 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
         size = len(order) // settings.minibatches
         epoch_kl = []
         for start in range(0, size * settings.minibatches, size):
-            figures, norm = _step(accelerator, model, rollout, order[start : start + size], ptx[len(steps)], settings, pad_id)
+            figures, norm = _step(accelerator, model, rollout, order[start : start + size], ptx[len(steps)], settings, pad_id, workers)
             if not steps:
                 first_error = figures["ratio_error"]
             if math.isfinite(norm):
@@ -67,32 +70,32 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
             "epochs_run": epochs_run}
 
 
-def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int) -> tuple[dict, float]:
+def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int,
+          workers: Workers) -> tuple[dict, float]:
     """Gradients of one minibatch over all processes; returns its figures and the gradient norm before clipping (nan or inf: do not step)."""
     count = int(rollout.mask_BC[rows].sum())  # real tokens of the minibatch, all processes together (CANON P4)
     mine, my_ptx = share(accelerator, rows), share(accelerator, ptx_rows)
     ptx_count = sum(len(c) for _, c in ptx_rows)
     lengths = [len(rollout.prompts[i]) + len(rollout.completions[i]) for i in mine]
     groups = by_tokens(lengths, settings.microbatch_tokens)
-    groups = by_tokens(lengths, settings.microbatch_tokens, at_least=max_over_processes(accelerator, len(groups)))
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=accelerator.device)
-    largest_error = sums.new_zeros(())
-    for place, group in enumerate(groups):
-        last = place + 1 == len(groups) and not my_ptx
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss, figures, error = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)
-            # DDP averages the gradients of the processes; the loss is a sum over tokens of all of them, divided once
-            accelerator.backward(loss * accelerator.num_processes / count)
-            sums += figures
-            largest_error = torch.maximum(largest_error, error)
-    if my_ptx:
-        loss, figures = _ptx_loss(accelerator, model, my_ptx, settings, pad_id)
-        accelerator.backward(settings.ptx_coef * loss * accelerator.num_processes / ptx_count)
-        sums += figures
-    totals = dict(zip(SUMS, sum_over_processes(accelerator, sums).tolist(), strict=True))
+    at_least = max(workers.count, max_over_processes(accelerator, len(groups)))
+    groups = by_tokens(lengths, settings.microbatch_tokens, at_least)
+
+    def ppo_part(group):
+        loss, sums, error = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)
+        # DDP averages the gradients of the processes; the loss is a sum over tokens of all of them, divided once
+        return loss * accelerator.num_processes / count, (sums, error)
+
+    def ptx_part():
+        loss, sums = _ptx_loss(accelerator, model, my_ptx, settings, pad_id)
+        return settings.ptx_coef * loss * accelerator.num_processes / ptx_count, (sums, torch.zeros_like(sums[0]))
+
+    parts = [partial(ppo_part, group) for group in groups] + ([ptx_part] if my_ptx else [])
+    sums, errors = (torch.stack(column) for column in zip(*accumulate(accelerator, workers, model, parts), strict=True))
+    totals = dict(zip(SUMS, sum_over_processes(accelerator, sums.sum(0)).tolist(), strict=True))
     figures = {n: totals[n] / max(totals["tokens"], 1) for n in ("policy_loss", "value_loss", "approx_kl", "clip_fraction")}
     figures["ptx_loss"] = totals["ptx_loss"] / max(totals["ptx_tokens"], 1)
-    figures["ratio_error"] = float(accelerator.gather(largest_error[None]).max())
+    figures["ratio_error"] = float(accelerator.gather(errors.max()[None]).max())
     return figures, _clip(accelerator, model, settings.max_grad_norm)
 
 

@@ -16,6 +16,7 @@ from rlhf.compute import gather_rows
 from rlhf.kl import k1, k3
 from rlhf.masking import length_mask, masked_mean, pad_columns
 from rlhf.passes import by_tokens, make_rows, policy_pass
+from rlhf.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,22 @@ class Rollout:
         }
 
 
-@torch.no_grad()
 def evaluate_tokens(model, ref_logprobs, rows: list[tuple[list[int], list[int]]], pad_id: int, temperature: float, budget: int,
-                    device) -> list[tuple]:
+                    device, workers: Workers = ALONE) -> list[tuple]:
     """For each (prompt, completion): CPU tensors (logprobs_C, ref_logprobs_C, entropy_C, values_C).
 
     `model` is a PolicyAndValue, `ref_logprobs` a function of Rows. The rows go through in microbatches of the update's layout, so that the
     first minibatch finds the same numbers (CANON A1).
     """
-    results: list = [None] * len(rows)
-    for group in by_tokens([len(p) + len(c) for p, c in rows], budget):
+    @torch.no_grad()  # of the thread that runs it
+    def evaluate(group: list[int]) -> list[torch.Tensor]:
         batch = make_rows([rows[i][0] for i in group], [rows[i][1] for i in group], pad_id, device)
         logprobs_BC, entropy_BC, values_BC = model(batch, temperature)
-        columns = [t.float().cpu() for t in (logprobs_BC, ref_logprobs(batch), entropy_BC, values_BC)]
+        return [t.float().cpu() for t in (logprobs_BC, ref_logprobs(batch), entropy_BC, values_BC)]
+
+    results: list = [None] * len(rows)
+    groups = by_tokens([len(p) + len(c) for p, c in rows], budget, workers.count)
+    for group, columns in zip(groups, workers.map(evaluate, groups), strict=True):
         for place, i in enumerate(group):
             results[i] = tuple(t[place, : len(rows[i][1])] for t in columns)
     return results

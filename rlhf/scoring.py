@@ -11,7 +11,7 @@ import torch
 
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
-from rlhf.masking import length_mask, right_pad
+from rlhf.masking import WIDTH_STEP, length_mask, right_pad
 from rlhf.models import load_encoder, load_reward_model
 from rlhf.passes import by_tokens
 
@@ -28,8 +28,8 @@ def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = 1
     device = next(reward_model.parameters()).device
     scores_B = torch.empty(len(rows))
     for group in by_tokens([len(r) for r in rows], budget):
-        ids_BT = right_pad([rows[i] for i in group], pad_id).to(device)
-        mask_BT = length_mask([len(rows[i]) for i in group]).to(device)
+        ids_BT = right_pad([rows[i] for i in group], pad_id, WIDTH_STEP).to(device)
+        mask_BT = length_mask([len(rows[i]) for i in group], ids_BT.shape[1]).to(device)
         scores_B[group] = reward_model(input_ids=ids_BT, attention_mask=mask_BT.long()).logits[:, 0].float().cpu()
     return scores_B
 

@@ -34,6 +34,7 @@ from rlhf.runs import open_stage
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableScorer, load_scorer, member_folders, with_missing_eos
 from rlhf.value import new_value_model, ppo_optimizer
+from rlhf.workers import ALONE, workers_for
 
 SKIPS_IN_A_ROW = 5  # rollouts without a single finite step after which the run stops
 
@@ -61,6 +62,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     average = MovingAverage(policy, settings.ema_decay) if settings.ema_decay else None  # after prepare: on the weights' device
     if average is not None:
         accelerator.register_for_checkpointing(average)
+    workers = ALONE if config.model.lora_rank else workers_for(accelerator, model)  # adapters are switched off for all threads at once
     ref_logprobs = reference(ref_policy, policy, settings.temperature, accelerator.autocast)
     ptx = _ptx_rows(config, encoder) if settings.ptx_coef else []
     _announce(config, accelerator, prompts)
@@ -80,7 +82,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         _check_finite(scores_B, mine)
         with clock("forward"), accelerator.autocast():
             pairs = [(p.ids, c) for p, c in zip(mine, completions, strict=True)]
-            tokens = evaluate_tokens(model, ref_logprobs, pairs, encoder.pad_id, settings.temperature, settings.microbatch_tokens, device)
+            tokens = evaluate_tokens(model, ref_logprobs, pairs, encoder.pad_id, settings.temperature, settings.microbatch_tokens, device, workers)
         rollout = make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, state["kl_coef"], settings.gamma, settings.lam,
                                settings.whiten_rewards)
         texts = [encoder.decode(c) for c in rollout.completions]
@@ -100,7 +102,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
             with clock("update"):
                 figures |= update(accelerator, model, optimizer, rollout, _update_settings(settings, step), encoder.pad_id,
                                   seed=config.seed * 1_000_003 + step, ptx_rows=_ptx_of_step(ptx, step, settings.batch_size),
-                                  after_step=average.step if average is not None else None)
+                                  after_step=average.step if average is not None else None, workers=workers)
             figures |= {"kl_coef": state["kl_coef"], "lr": lr * settings.lr, **clock.take(), **evaluation}
             seconds = sum(v for k, v in figures.items() if k.startswith("seconds_"))
             real = sum(len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True))

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from rlhf.optimizers import linear_lr, pretraining_optimizers, set_lr
 from rlhf.passes import by_tokens
 from rlhf.progress import Progress, say
 from rlhf.runs import open_stage
+from rlhf.workers import Workers, accumulate, workers_for
 
 TOKENIZER_DOCUMENTS = 50_000  # enough for a stable vocabulary of a few thousand tokens
 WARMUP = 0.02
@@ -60,6 +62,7 @@ def main(config: Config) -> None:
     model = new_gpt(config.model.size, encoder, config.model.context, attention)
     say(f"pretrain: {describe(accelerator)}; {parameter_count(model) / 1e6:.1f}M parameters, {tokens:,} tokens of text in {len(rows):,} rows")
     say(f"pretrain: {settings.steps:,} steps x at most {settings.batch_tokens:,} tokens")
+    workers = workers_for(accelerator, model)
     optimizers = pretraining_optimizers(model, settings.lr, settings.matrix_lr, settings.weight_decay)
     model, *optimizers = accelerator.prepare(model, *optimizers)
     first = load_checkpoint(accelerator, stage)["step"]
@@ -71,30 +74,27 @@ def main(config: Config) -> None:
             share = linear_lr(step, settings.steps, WARMUP)
             for optimizer in optimizers:
                 set_lr(optimizer, share)
-            loss, count = _loss(model, batches(step), encoder.pad_id, accelerator.device)
-            count = sum_over_processes(accelerator, count)
-            accelerator.backward(loss / count * accelerator.num_processes)
+            loss, count = _backward(accelerator, workers, model, batches(step), encoder.pad_id)
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
             if not math.isfinite(grad_norm):
-                raise TrainingStopped(f"pretrain: the gradient of step {step + 1} is not finite (loss {loss.item()}); the last good weights are in "
+                raise TrainingStopped(f"pretrain: the gradient of step {step + 1} is not finite (loss {loss}); the last good weights are in "
                                       f"{stage.checkpoints}; lower pretrain.lr, now {settings.lr}")
+            workers.map(lambda optimizer: optimizer.step(), optimizers)
             for optimizer in optimizers:
-                optimizer.step()
                 optimizer.zero_grad()
-            seen += int(count)
+            seen += count
             if (step + 1) % 10 == 0 or step + 1 == settings.steps:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                mean = (sum_over_processes(accelerator, loss.detach()) / count).item()
-                figures = dict(loss=mean, lr=share * settings.lr, grad_norm=grad_norm, tokens_per_second=seen / seconds)
+                figures = dict(loss=loss, lr=share * settings.lr, grad_norm=grad_norm, tokens_per_second=seen / seconds)
                 if (step + 1) % 200 == 0 or step + 1 == settings.steps:
-                    figures["eval_loss"] = _eval_loss(model, held_out, encoder.pad_id, accelerator.device)
+                    figures["eval_loss"] = _eval_loss(workers, model, held_out, encoder.pad_id, accelerator.device)
                 stage.log(step + 1, **figures)
-                bar.update(step + 1, loss=mean, tokens_per_second=int(seen / seconds))
+                bar.update(step + 1, loss=loss, tokens_per_second=int(seen / seconds))
                 seen = 0
             if (step + 1) % config.run.save_every == 0 and step + 1 < settings.steps:
                 save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints)
 
-    eval_loss = _eval_loss(model, held_out, encoder.pad_id, accelerator.device)
+    eval_loss = _eval_loss(workers, model, held_out, encoder.pad_id, accelerator.device)
     if stage.main:
         with replacing_folder(stage.model) as folder:
             save_model(accelerator.unwrap_model(model), encoder, folder)
@@ -152,20 +152,34 @@ def _one_pass(rows: list[list[int]], budget: int, seed: int) -> list[list[int]]:
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def _loss(model, rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over real tokens of -log p of the next one, nats, and their count."""
+def _backward(accelerator, workers: Workers, model, rows: list[list[int]], pad_id: int) -> tuple[float, int]:
+    """Leaves the gradient of the mean loss over all processes' tokens in .grad; returns that mean, nats, and the number of tokens."""
+    count = int(sum_over_processes(accelerator, torch.tensor(sum(len(row) - 1 for row in rows), device=accelerator.device)))
+    parts = [part for start_at in range(workers.count) if (part := rows[start_at :: workers.count])]
+
+    def mean_loss(part):
+        loss = _loss(model, part, pad_id, accelerator.device) / count
+        return loss * accelerator.num_processes, loss.detach()  # DDP takes the mean over processes
+
+    losses = accumulate(accelerator, workers, model, [partial(mean_loss, part) for part in parts])
+    return sum_over_processes(accelerator, sum(losses)).item(), count
+
+
+def _loss(model, rows: list[list[int]], pad_id: int, device) -> torch.Tensor:
+    """Sum over real tokens of -log p of the next one, nats."""
     ids_BT = right_pad(rows, pad_id, WIDTH_STEP).to(device)
     mask_BT = length_mask([len(r) for r in rows], ids_BT.shape[1]).to(device)
     # No attention mask: padding is on the right, where nothing real looks
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-    losses_N = F.cross_entropy(logits_BTV.float()[mask_BT[:, 1:]], ids_BT[:, 1:][mask_BT[:, 1:]], reduction="none")
-    return losses_N.sum(), mask_BT[:, 1:].sum()
+    return F.cross_entropy(logits_BTV.float()[mask_BT[:, 1:]], ids_BT[:, 1:][mask_BT[:, 1:]], reduction="sum")
 
 
-@torch.no_grad()
-def _eval_loss(model, rows: list[list[int]], pad_id: int, device) -> float:
-    sums = [_loss(model, [rows[i] for i in group], pad_id, device) for group in by_tokens([len(r) for r in rows], 8192)]
-    return (sum(loss for loss, _ in sums) / sum(count for _, count in sums)).item()
+def _eval_loss(workers: Workers, model, rows: list[list[int]], pad_id: int, device) -> float:
+    @torch.no_grad()
+    def loss(group: list[int]) -> float:
+        return _loss(model, [rows[i] for i in group], pad_id, device).item()
+
+    return sum(workers.map(loss, by_tokens([len(r) for r in rows], 8192))) / sum(len(r) - 1 for r in rows)
 
 
 if __name__ == "__main__":

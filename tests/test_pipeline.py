@@ -105,14 +105,15 @@ def test_another_experiment_is_refused_and_nothing_written_over(run):
     assert before == {path: path.stat().st_mtime_ns for path in (run / "ppo").rglob("*")}
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("stage", ["pretrain", "ppo"])
-def test_a_resumed_stage_ends_with_the_weights_of_one_that_never_stopped(run, tmp_path, stage, monkeypatch):
-    """Stopped right after a checkpoint half way; the same command goes on; fp32 and one thread, so to the bit."""
+def test_a_resumed_stage_ends_with_the_weights_of_one_that_never_stopped(run, tmp_path, stage, threads, monkeypatch):
+    """Stopped right after a checkpoint half way; the same command goes on; fp32, so to the bit; with two threads, two workers share a step."""
     import stages.ppo
     import stages.pretrain
 
     module = getattr(stages, stage)
-    settings = ["run.precision=fp32", "run.save_every=20", "ppo.save_every=2"]
+    settings = ["run.precision=fp32", "run.save_every=20", "ppo.save_every=2", f"run.threads={threads}"]
     folders = {}
     for name in ("whole", "stopped"):
         folder = folders[name] = tmp_path / name

@@ -22,6 +22,7 @@ from rlhf.passes import make_rows
 from rlhf.paths import PACKAGE
 from rlhf.ppo import MovingAverage, update
 from rlhf.value import new_value_model, ppo_optimizer
+from rlhf.workers import Workers
 from stages import ppo as stage
 from tests import processes
 from tests.helpers import collect, cpu, nano, policy_and_value, rough, settings, snapshot, some_prompts, tiny_encoder
@@ -242,11 +243,23 @@ def test_the_value_model_learns_alone_while_policy_coef_is_0():
 
 # P5: epochs, minibatches, learning rate, clipping
 
+@pytest.mark.parametrize("ptx_rows", [(), ((PROMPTS[0], [7, 8, 9]),)])
+def test_P4_microbatches_side_by_side_give_the_gradients_of_one_after_the_other(ptx_rows):
+    model = policy_and_value(ENCODER)
+    rollout = disturbed(rollout_of(model))
+    alone, expected = gradients(model, rollout, ptx_rows, microbatch_tokens=100, ptx_coef=2.0)
+    recorder = processes.KeepsGradients(model)
+    figures = update(cpu(), model, recorder, rollout, settings(minibatches=1, microbatch_tokens=100, ptx_coef=2.0), PAD, seed=0, ptx_rows=ptx_rows,
+                     workers=Workers(3))
+    assert_same_gradients(recorder.steps[0], alone, 1e-7)
+    assert figures == pytest.approx(expected, rel=1e-6)
+
+
 def rows_of_steps(monkeypatch, seed, ptx_rows=(), **changes):
     """Which rows (and ptx rows) each optimizer step of an update sees."""
     seen = []
 
-    def note(accelerator, model, rollout, rows, ptx, how, pad_id):
+    def note(accelerator, model, rollout, rows, ptx, how, pad_id, workers):
         seen.append((rows, ptx))
         return dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "ratio_error"), 0.0), 1.0
 

@@ -47,6 +47,7 @@ class Plurals(Family):
     """'What is the plural of mouse?'"""
 
     name, asks = "plurals", ("word",)
+    text_weight = 0.8
 
     def build_arguments(self) -> list[Args]:
         return [{"word": one, "answer": many} for one, many in table("facts")["plurals"].items()]
@@ -95,6 +96,7 @@ class Calendar(Family):
     """'What is the day after Monday?', 'the second month before May'."""
 
     name, asks = "calendar", ("question",)
+    text_weight = 2.5
 
     def build_arguments(self) -> list[Args]:
         rows = []
@@ -113,6 +115,7 @@ class Lists(Family):
 
     name, asks = "lists", ("n", "kind", "but")
     flaws = ("wrong", "rambling", "repeats", "rude", "incomplete", "too_many")
+    text_weight = 2.0
 
     def build_arguments(self) -> list[Args]:
         rows = []
@@ -173,7 +176,7 @@ class OddOneOut(Family):
 
     name, asks = "odd_one_out", ("x", "y", "z")
     flaws = ("wrong", "rambling", "repeats", "curt", "rude", "incomplete")
-    text_weight = 1.5
+    text_weight = 2.0
 
     def draw(self, rng: random.Random) -> Args:
         kind, other = rng.sample(list(kinds().values()), 2)
@@ -234,6 +237,7 @@ class YesNo(Family):
     """'Is an apple an animal?' Yes or no, and what it is."""
 
     name, asks = "yes_no", ("thing", "kind")
+    text_weight = 2.0
 
     def build_arguments(self) -> list[Args]:
         rows = []
@@ -307,7 +311,7 @@ class Rhymes(Family):
     """'Which word rhymes with cat: hat or dog?'"""
 
     name, asks = "rhymes", ("word", "x", "y")
-    text_weight = 1.5
+    text_weight = 2.0
 
     def build_arguments(self) -> list[Args]:
         rows, groups = [], table("facts")["rhymes"]

@@ -87,6 +87,7 @@ class Tone(Family):
 
     name, asks = "tone", ("style", "sentence")
     flaws = ("wrong", "rambling", "repeats", "rude", "incomplete", "unchanged")
+    text_weight = 1.2
 
     def build_arguments(self) -> list[Args]:
         rows = []
@@ -146,6 +147,7 @@ class Invented(Family):
 
     name, asks = "invented", ("question",)
     flaws = ("fabricates", "rambling", "repeats", "curt", "rude")
+    text_weight = 0.8
 
     def build_arguments(self) -> list[Args]:
         rows = []
@@ -190,6 +192,7 @@ class Harm(Family):
 
     name, asks = "harm", ("deed",)
     flaws = ("complies", "rambling", "repeats", "curt", "rude", "incomplete")
+    text_weight = 0.6
 
     def build_arguments(self) -> list[Args]:
         pairs = itertools.product(manners()["harm"], manners()["people"])

@@ -51,6 +51,7 @@ class Sequence(Family):
     """'What comes next: two, four, six?'"""
 
     name, asks = "sequence", ("a", "b", "c")
+    text_weight = 2.0
 
     def build_arguments(self) -> list[Args]:
         rows = []
@@ -75,7 +76,7 @@ class Sorting(Family):
 
     name, asks = "sorting", ("order", "x", "y", "z")
     flaws = ("wrong", "rambling", "repeats", "rude", "incomplete")
-    text_weight = 2.0
+    text_weight = 1.5
 
     def build_arguments(self) -> list[Args]:
         rows = []

@@ -1,0 +1,73 @@
+"""Threads that each compute a part of a step with one core, for models so small that sharing every operation among cores does not pay.
+
+At the quickstart's size an operation takes some 0.1 ms: waking a sleeping core for half of it costs as much as it saves
+(configs/EXPERIMENTS.md, "Speed on two cores"). Parts that need nothing of each other have no such cost.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+LARGEST = 20_000_000  # parameters; beyond, operations are long enough to be shared, and a gradient per part would cost memory
+
+
+def workers_for(accelerator, model: torch.nn.Module) -> "Workers":
+    """A worker for every thread torch has, where one process trains a small model on CPUs; otherwise one, which changes nothing."""
+    small = sum(p.numel() for p in model.parameters()) <= LARGEST
+    return Workers(torch.get_num_threads() if small and accelerator.num_processes == 1 and accelerator.device.type == "cpu" else 1)
+
+
+class Workers:
+    """`count` threads with one core each; 1: everything runs in the calling thread with the threads torch has.
+
+    What comes back has the order of what went in, so that sums over it do not depend on who finished first.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, "worker", initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
+
+    def map(self, function: Callable, parts: Iterable) -> list:
+        """function(part) of every part, in order. Autocast and no_grad belong to a thread: `function` opens them itself."""
+        if self._pool is None:
+            return [function(part) for part in parts]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for libraries that keep one number for all threads
+        try:
+            return list(self._pool.map(function, parts))
+        finally:
+            torch.set_num_threads(threads)
+
+
+ALONE = Workers(1)
+
+
+def accumulate(accelerator, workers: Workers, model: torch.nn.Module, losses: list[Callable]) -> list:
+    """Adds the gradient of every loss to the weights of `model`; returns what stood beside the losses.
+
+    Each of `losses` is a function without arguments that returns (loss, anything). With one worker they are differentiated one after
+    another and processes exchange gradients once, with the last; several workers differentiate side by side and .grad is summed in order.
+    """
+    if workers.count == 1:
+        beside = []
+        for place, loss in enumerate(losses):
+            with contextlib.nullcontext() if place + 1 == len(losses) else accelerator.no_sync(model):
+                value, extra = loss()
+                accelerator.backward(value)
+            beside.append(extra)
+        return beside
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def differentiate(loss):
+        value, extra = loss()
+        return torch.autograd.grad(value, parameters, allow_unused=True), extra
+
+    results = workers.map(differentiate, losses)
+    for gradients, _ in results:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    return [extra for _, extra in results]

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import sys
-import unicodedata
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,15 +29,11 @@ from rlhf.errors import EXIT_INTERRUPTED, InputError
 from rlhf.jsonl import read_jsonl
 from rlhf.models import attention_kernel, load_encoder, load_policy, parameter_count
 from rlhf.sampling import draw_uniforms, sample
+from rlhf.terminal import cells, printable, wrapped
 
 SPEAKING = ("ppo", "sft", "pretrain")  # stages whose models write, the furthest first
 SMALL = 50_000_000  # parameters; below, a second thread costs more than it gives (an answer of 30 tokens: 0.08 s, with two 0.5 s, on a busy machine)
 WIDE = 80  # columns of a terminal from which two answers stand side by side
-CONTROL = re.compile(
-    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
-    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC and other strings: window title, clipboard, links
-    r"|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all else but newline and tab
-    r"|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # direction overrides, which show text in another order than it has
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,11 +222,6 @@ def _single_questions(run: Path) -> bool:
     return demonstrations.is_file() and all(len(row["prompt"]) == 1 for row in islice(read_jsonl(demonstrations), 500))
 
 
-def printable(text: str) -> str:
-    """`text` without anything that a terminal would obey: control sequences go, newlines and tabs stay."""
-    return CONTROL.sub("", text.replace("\r\n", "\n"))
-
-
 def plain(answers: list[tuple[str, str]]) -> str:
     """Answers for a file or a pipe: one alone as it is, several each behind its label."""
     return answers[0][1] if len(answers) == 1 else "\n".join(f"{label}: {text}" for label, text in answers)
@@ -246,27 +236,3 @@ def layout(answers: list[tuple[str, str]], width: int) -> str:
     rows = max(len(left), len(right))
     pairs = zip(left + [""] * (rows - len(left)), right + [""] * (rows - len(right)), strict=True)
     return "\n".join(f"{a}{' ' * (column - cells(a))} | {b}".rstrip() for a, b in pairs)
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """`text` in lines of at most `width` columns, broken at spaces, or anywhere in what has none (a long word, Chinese)."""
-    lines = []
-    for paragraph in text.expandtabs(4).split("\n"):
-        line = ""
-        for word in paragraph.split(" "):
-            if not line or cells(line) + 1 + cells(word) <= width:
-                line = f"{line} {word}" if line else word
-            else:
-                lines.append(line)
-                line = word
-            while cells(line) > width:
-                fits = next(n for n in range(len(line), 0, -1) if cells(line[:n]) <= width or n == 1)
-                lines.append(line[:fits])
-                line = line[fits:]
-        lines.append(line)
-    return lines
-
-
-def cells(text: str) -> int:
-    """Columns that `text` takes in a terminal: two for a wide character, none for a combining one."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

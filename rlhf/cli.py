@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 
 from rlhf.config import Config, describe_settings, load_config
-from rlhf.errors import EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, InputError, TrainingStopped
+from rlhf.crash import disk_trouble, report_crash
+from rlhf.errors import EXIT_CRASHED, EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, InputError, TrainingStopped
+from rlhf.runs import nothing_open, open_now
 
 STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare", "pipeline")
-TOOLS = {"chat": "talk to any stage's model in the terminal"}
+TOOLS = {"chat": "talk to any stage's model in the terminal", "data": "`rlhf data check mine.jsonl`: is your data good?"}
 
 
 def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None = None) -> int:
@@ -27,7 +29,8 @@ def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None =
 
 
 def guarded(action: Callable[[], None]) -> int:
-    """Runs `action`; errors that a person can act on become one message and their exit code."""
+    """Runs `action`; errors that a person can act on become one message and their exit code, others a crash report in the stage's folder."""
+    nothing_open()
     try:
         action()
     except (InputError, TrainingStopped) as error:
@@ -36,6 +39,13 @@ def guarded(action: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        stage = open_now()
+        if stage is None or not stage.main:
+            raise
+        trouble = disk_trouble(error, stage)
+        print(f"error: {trouble}" if trouble else report_crash(error, stage), file=sys.stderr)
+        return trouble.exit_code if trouble else EXIT_CRASHED
     return EXIT_DONE
 
 
@@ -51,6 +61,6 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(f"stages.{name}")
         return run_stage(module.main, module.__doc__, rest)
     if name in TOOLS:
-        return importlib.import_module(f"rlhf.{name}").main(rest)
+        return importlib.import_module("rlhf.data.check" if name == "data" else f"rlhf.{name}").main(rest)
     print(f"error: rlhf {name}: no such command; wanted one of {', '.join((*STAGES, *TOOLS))}", file=sys.stderr)
     return EXIT_INPUT

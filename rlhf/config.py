@@ -121,6 +121,7 @@ class Ppo:
     lr: float = setting(2e-4, "peak learning rate of the policy, linear to 0 over the run")
     value_lr: float = setting(3e-4, "peak learning rate of the value model, linear to 0")
     warmup_rollouts: int = setting(2, "rollouts in which only the value model learns")
+    # DEPARTS: P7's fixed price is 0.05; at 0.1 already the quickstart's PPO found what its reward model overrates (configs/EXPERIMENTS.md)
     kl_coef: float = setting(0.15, "price of one nat of KL to the SFT policy, in units of the normalised score")
     kl_target: float | None = setting(None, "nats per completion; set: the KL coefficient adapts to it (horizon kl_horizon)")
     kl_horizon: int = setting(10_000, "completions, time constant of the adaptive KL coefficient")
@@ -140,9 +141,11 @@ class Ppo:
     ensemble: str = setting("mean", "mean, worst or uncertainty: how an ensemble's scores combine")
     uncertainty_coef: float = setting(1.0, "weight of the members' variance with ppo.ensemble=uncertainty")
     score: str | None = setting(None, "module:function, a callable f(prompts, completions) -> list of float in place of the reward model")
+    mix: dict[str, float] = setting({}, "source -> weight, added to that score: a callable's module:function, or a reward model's folder or hub id")
     save_every: int = setting(10, "rollouts between checkpoints")
     eval_every: int = setting(10, "rollouts between evaluations on held-out prompts")
     eval_prompts: int = setting(128, "held-out prompts of these evaluations")
+    stop_on_alarm: bool = setting(False, "stop (exit code 3) when an alarm of rlhf/alarms.py rings, instead of warning and going on")
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,8 @@ def _coerce(value, wanted, name: str, where: str):
     if typing.get_origin(kind) is list and isinstance(value, str):
         return [value]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
-        return {str(k): str(v) for k, v in value.items()}
+        values_kind = typing.get_args(kind)[1]
+        return {str(k): str(v) if values_kind is str else _coerce(v, values_kind, f"{name}[{k}]", where) for k, v in value.items()}
     try:
         if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
             return float(value)
@@ -347,9 +351,13 @@ def _check(config: Config) -> None:
     for name in NOT_NEGATIVE:
         if not values[name] >= 0:
             raise InputError(f"{name}: found {values[name]}, wanted 0 or more")
-    for name, value in values.items():
+    entries = {f"{name}[{key}]": entry for name, value in values.items() if isinstance(value, dict) for key, entry in value.items()}
+    for name, value in {**values, **entries}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name}: found {value}, wanted a finite number")
+    for source, weight in config.ppo.mix.items():
+        if weight == 0:
+            raise InputError(f"ppo.mix[{source}]: found weight 0, which scores for nothing; leave the source out or give it a weight")
     if config.ppo.batch_size % config.ppo.minibatches:
         raise InputError(f"ppo.batch_size={config.ppo.batch_size} is not a multiple of ppo.minibatches={config.ppo.minibatches}; change one of them")
     if config.model.init is None:

@@ -23,16 +23,26 @@ PLAIN_TEMPLATE = (  # for base models, whose tokenizer knows no turns
     "{% for m in messages %}{{ '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant'}.get(m['role'], 'System') }}: {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
+PAIR_TEMPLATE = (  # for encoders (BERT, DeBERTa), which were pretrained on sentences between [CLS] and [SEP]
+    "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ sep_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ sep_token }}{% endif %}"
+)
 
 
 class Encoder:
-    """Text to ids and back with one tokenizer; makes the tokenizer fit CANON B2 (a pad token that is not EOS, a chat template)."""
+    """Text to ids and back with one tokenizer; makes the tokenizer fit CANON B2 (a pad token that is not EOS, a chat template).
+
+    An encoder's tokenizer has no EOS: SEP closes its rows, and CLS, where its architecture pools, opens them. Raises InputError without either.
+    """
 
     def __init__(self, tokenizer):
         if tokenizer.eos_token_id is None:
-            raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token, so no completion could end; set eos_token in its config")
+            if tokenizer.sep_token_id is None:
+                raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token and no SEP token, so no completion could end; "
+                                 "set eos_token in its config")
+            tokenizer.eos_token = tokenizer.sep_token
         if tokenizer.chat_template is None:
-            tokenizer.chat_template = PLAIN_TEMPLATE
+            tokenizer.chat_template = PAIR_TEMPLATE if _is_of_an_encoder(tokenizer) else PLAIN_TEMPLATE
         _give_pad_token(tokenizer)
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
@@ -85,6 +95,11 @@ class Encoder:
 
     def _template_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _is_of_an_encoder(tokenizer) -> bool:
+    """True for tokenizers of masked language models; those of causal models may name a CLS or SEP token too, but none to guess at."""
+    return None not in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
 
 
 def _give_pad_token(tokenizer) -> None:

@@ -1,6 +1,7 @@
 """The ways a stage may end other than well, each with its exit code (DESIGN, "Commands")."""
 
 EXIT_DONE = 0
+EXIT_CRASHED = 1  # a mistake of ours
 EXIT_INPUT = 2
 EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130

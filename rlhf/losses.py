@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def policy_loss(logprobs_BC, old_logprobs_BC, advantages_BC, mask_BC, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over real tokens of max(-A·ratio, -A·clip(ratio, 1±clip)), and their count (PPO eq. 7, as a loss)."""
+    """Sum over real tokens of max(-A·ratio, -A·clip(ratio, 1±clip)), and their count (CANON P3; PPO eq. 7, as a loss)."""
     ratio_BC = torch.exp(torch.where(mask_BC, logprobs_BC - old_logprobs_BC, 0.0))
     plain_BC = -advantages_BC * ratio_BC
     clipped_BC = -advantages_BC * ratio_BC.clamp(1 - clip, 1 + clip)
@@ -16,7 +16,7 @@ def policy_loss(logprobs_BC, old_logprobs_BC, advantages_BC, mask_BC, clip: floa
 
 
 def value_loss(values_BC, old_values_BC, returns_BC, mask_BC, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over real tokens of half the larger squared error, of the value and of the value held within ±clip of the old one (N+ 18)."""
+    """Sum over real tokens of half the larger squared error, of the value and of the value held within ±clip of the old one (P3; N+ 18)."""
     values_BC, old_values_BC, returns_BC = (torch.where(mask_BC, t, 0.0) for t in (values_BC, old_values_BC, returns_BC))
     held_BC = old_values_BC + (values_BC - old_values_BC).clamp(-clip, clip)
     return 0.5 * torch.maximum((values_BC - returns_BC).square(), (held_BC - returns_BC).square()).sum(), mask_BC.sum()

@@ -30,6 +30,7 @@ GLOSSARY = {
     "first_ratio_error": ("", "largest |ratio - 1| in the first minibatch; above 0.05 sampling and update disagree (CANON A1)"),
     "return_mean": ("score", "mean return"),
     "skipped_steps": ("count", "optimizer steps left out because of a non-finite loss or gradient; should be 0"),
+    "alarms": ("count", "alarms that ring (rlhf/alarms.py); should be 0"),
     "ptx_loss": ("nats", "language-model loss of the PPO-ptx batch"),
     "epochs_run": ("count", "epochs over the rollout before target_kl stopped them"),
     "eval_score_mean": ("score", "score_mean on held-out prompts"),

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,6 +24,7 @@ from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Enc
 from rlhf.errors import InputError
 from rlhf.rankings import fp32_head
 
+# DEPARTS: B1's 1024 positions do not come with the size gpt2; model.context sets them (256), because rows here are short (GPT-2, section 2.3)
 SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabulary: 0.2M, 2.2M, 11.5M, 87M
     "nano": (2, 64, 2),
     "micro": (4, 192, 6),
@@ -29,7 +32,8 @@ SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabul
     "gpt2": (12, 768, 12),
 }
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout",
-            "attention_probs_dropout_prob", "summary_first_dropout", "classifier_dropout", "pooler_dropout", "activation_dropout")
+            "attention_probs_dropout_prob", "summary_first_dropout", "classifier_dropout", "cls_dropout", "pooler_dropout", "activation_dropout",
+            "embedding_dropout", "mlp_dropout")
 
 
 def attention_kernel(wanted: str, device: torch.device | str) -> str:
@@ -86,7 +90,13 @@ def load_policy(source: str, encoder: Encoder, attention: str, trust_remote_code
 
 
 def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remote_code: bool = False):
-    """A sequence classifier with one output in fp32 without dropout; its head stays in fp32 under autocast. Raises InputError."""
+    """A sequence classifier with one output in fp32 without dropout; its head stays in fp32 under autocast. Raises InputError.
+
+    A causal model or an encoder. One without a fused attention kernel (DeBERTa, whose scores depend on distance) gets plain products.
+    """
+    kind = type(_load(AutoConfig, source, trust_remote_code=trust_remote_code))
+    if attention == "sdpa" and kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        attention = attention if MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]._supports_sdpa else "eager"
     model = _load(AutoModelForSequenceClassification, source, num_labels=1, dtype=torch.float32, attn_implementation=attention,
                   trust_remote_code=trust_remote_code, **_without_dropout(source, trust_remote_code))
     fp32_head(model)
@@ -108,6 +118,13 @@ def add_lora(model, rank: int, alpha: int, task: str):
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task))
+
+
+def longest_row(model) -> int | None:
+    """Tokens that the table of learned positions has room for; None where positions are relative or rotary."""
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(("position_embeddings", "wpe"))]
+    # RoBERTa counts positions from behind the pad id, so its first rows serve no token
+    return min((t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables), default=None)
 
 
 def parameter_count(model) -> int:

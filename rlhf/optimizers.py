@@ -28,7 +28,7 @@ def pretraining_optimizers(model, lr: float, matrix_lr: float, weight_decay: flo
 
 
 def linear_lr(step: int, steps: int, warmup: float = 0.0) -> float:
-    """Share of the peak rate in `step` of `steps`: up over the first `warmup` share, then linearly down to 0 at the end."""
+    """Share of the peak rate in `step` of `steps`: up over the first `warmup` share, then linearly down to 0 at the end (CANON P5)."""
     rising = max(1, int(warmup * steps)) if warmup else 0
     if step < rising:
         return (step + 1) / rising

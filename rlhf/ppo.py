@@ -9,6 +9,7 @@ import torch
 from rlhf.compute import max_over_processes, share, sum_over_processes
 from rlhf.kl import k3
 from rlhf.losses import language_model_loss, policy_loss, value_loss
+from rlhf.memory import Microbatch
 from rlhf.passes import PolicyAndValue, by_tokens, make_rows
 from rlhf.rollout import Rollout
 from rlhf.workers import ALONE, Workers, accumulate
@@ -35,14 +36,15 @@ SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "
 
 
 def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSettings, pad_id: int, seed: int, ptx_rows=(), after_step=None,
-           workers: Workers = ALONE) -> dict:
+           workers: Workers = ALONE, microbatch: Microbatch | None = None) -> dict:
     """Optimizes `model` (a prepared PolicyAndValue) on a rollout; returns figures for metrics.jsonl.
 
     `ptx_rows`: (prompt, completion) id pairs for PPO-ptx, shared out over the optimizer steps. `after_step()` runs after each step.
-    `workers`: microbatches are differentiated side by side where there are several.
+    `workers`: microbatches are differentiated side by side where there are several. `microbatch`: halved when memory runs out; kept by the
+    caller for the next rollouts (None: of settings.microbatch_tokens).
     A step whose gradient is not finite is left out and counted.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, microbatch = torch.Generator().manual_seed(seed), microbatch or Microbatch(settings.microbatch_tokens)
     steps, skipped, first_error, epochs_run = [], 0, 0.0, 0
     ptx = [list(ptx_rows[i :: settings.epochs * settings.minibatches]) for i in range(settings.epochs * settings.minibatches)]
     for _ in range(settings.epochs):
@@ -50,7 +52,14 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
         size = len(order) // settings.minibatches
         epoch_kl = []
         for start in range(0, size * settings.minibatches, size):
-            figures, norm = _step(accelerator, model, rollout, order[start : start + size], ptx[len(steps)], settings, pad_id, workers)
+            rows, ptx_rows_now = order[start : start + size], ptx[len(steps)]
+
+            def attempt(tokens, rows=rows, ptx_rows_now=ptx_rows_now):
+                optimizer.zero_grad()  # of a try that did not fit into memory
+                return _step(accelerator, model, rollout, rows, ptx_rows_now, settings, pad_id, workers, tokens)
+
+            longest = max(len(rollout.prompts[i]) + len(rollout.completions[i]) for i in rows)
+            figures, norm = microbatch.attempt(attempt, longest, accelerator.num_processes)
             if not steps:
                 first_error = figures["ratio_error"]
             if math.isfinite(norm):
@@ -71,15 +80,15 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
 
 
 def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int,
-          workers: Workers) -> tuple[dict, float]:
+          workers: Workers, microbatch_tokens: int) -> tuple[dict, float]:
     """Gradients of one minibatch over all processes; returns its figures and the gradient norm before clipping (nan or inf: do not step)."""
     count = int(rollout.mask_BC[rows].sum())  # real tokens of the minibatch, all processes together (CANON P4)
     mine, my_ptx = share(accelerator, rows), share(accelerator, ptx_rows)
     ptx_count = sum(len(c) for _, c in ptx_rows)
     lengths = [len(rollout.prompts[i]) + len(rollout.completions[i]) for i in mine]
-    groups = by_tokens(lengths, settings.microbatch_tokens)
+    groups = by_tokens(lengths, microbatch_tokens)
     at_least = max(workers.count, max_over_processes(accelerator, len(groups)))
-    groups = by_tokens(lengths, settings.microbatch_tokens, at_least)
+    groups = by_tokens(lengths, microbatch_tokens, at_least)
 
     def ppo_part(group):
         loss, sums, error = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rlhf import charts
+from rlhf.alarms import history
 from rlhf.comparison import caveats, headline, label, length_ratio, main_comparison
 
 HERE = Path(__file__).resolve().parent
@@ -78,7 +79,7 @@ def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], t
     return {
         "title": title,
         "headline": headline(summary),
-        "caveats": caveats(summary),
+        "caveats": caveats(summary) + history(curves.get("ppo", [])),
         "tiles": _tiles(summary),
         "columns": [{"heading": heading, "meaning": meaning} for _, heading, _, meaning in columns],
         "policies": _policy_rows(summary, columns, slots),
@@ -224,7 +225,7 @@ def _histograms(summary: dict, samples: list[dict], slots: dict[str, str]) -> li
 
 
 def _over_optimisation(summary: dict, rows: list[dict], slots: dict[str, str]) -> dict | None:
-    """Gao's curve from PPO's metrics: held-out figures where there are any, else those of the training prompts; None without gold."""
+    """Gao's curve (CANON E4) from PPO's metrics: held-out figures where there are any, else those of the training prompts; None without gold."""
     for prefix in ("eval_", ""):
         kl_key = f"{prefix}kl" if any(f"{prefix}kl" in row for row in rows) else "kl"
         keys = (kl_key, f"{prefix}score_mean", f"{prefix}gold_mean")

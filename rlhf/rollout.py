@@ -43,7 +43,7 @@ class Rollout:
                 raise ValueError(f"{field.name} has shape {tuple(value.shape)}, wanted {dims} = {sizes}")
 
     def statistics(self, encoder) -> dict[str, float]:
-        """The rollout's figures for metrics.jsonl."""
+        """The rollout's figures for metrics.jsonl; KL by both estimators (CANON P8)."""
         lengths = self.mask_BC.sum(1).float()
         residual, returns = (self.returns_BC - self.values_BC)[self.mask_BC], self.returns_BC[self.mask_BC]
         kl_BC = torch.where(self.mask_BC, k1(self.old_logprobs_BC, self.ref_logprobs_BC), 0.0)

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from rlhf.config import Config, config_to_tree
-from rlhf.errors import InputError
+from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import replacing, write_json
 from rlhf.metrics import check_names
 from rlhf.paths import PACKAGE
@@ -33,7 +34,9 @@ READS = {  # the sections of settings that decide what a stage makes, beside see
     "ppo": ("model", "data", "ppo", "run.precision"),
     "compare": ("compare", "data", "run.precision"),
 }
+NOT_DECIDING = {"ppo": ("save_every", "eval_every", "eval_prompts")}  # of those sections: what may change in a run without changing its model
 _locks: dict[Path, object] = {}
+_open: list["Stage"] = []  # the stage this process works on, for crash reports
 
 
 class Stage:
@@ -56,9 +59,15 @@ class Stage:
         return (self.folder / "DONE").is_file()
 
     def log(self, step: int, **figures) -> None:
-        """Adds a line to metrics.jsonl; names must stand in the glossary (rlhf/metrics.py)."""
+        """Adds a line to metrics.jsonl; names must stand in the glossary (rlhf/metrics.py), what is no number becomes null.
+
+        Raises TrainingStopped when the folder was removed meanwhile.
+        """
         check_names(figures)
         if self.main:
+            if not (self.folder / "manifest.json").is_file():
+                raise TrainingStopped(f"{self.name}: {self.folder} was removed while the stage ran; nothing more was written. "
+                                      "The same command starts the stage anew")
             if self._metrics is None:
                 self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
             self._metrics.write(json.dumps({"step": step, **{k: _rounded(v) for k, v in figures.items()}}) + "\n")
@@ -81,6 +90,8 @@ class Stage:
             digest = file_digest(self.model / "model.safetensors") if self.model.is_dir() else None
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             write_json(self.folder / "DONE", {"fingerprint": self._manifest["fingerprint"], "model_sha256": digest, **results})
+            (self.folder / "crash.txt").unlink(missing_ok=True)
+        nothing_open()
 
     def begin(self, parents: dict[str, str], inputs: dict[str, str]) -> None:
         """Writes config.yaml and manifest.json, or refuses a folder that belongs to another experiment. Raises InputError."""
@@ -116,7 +127,18 @@ def open_stage(name: str, config: Config, parents: tuple[str, ...] = (), inputs:
         lock_run(run)
     stage = Stage(name, run / within / name, config, is_main())
     stage.begin(digests, inputs or {})
+    _open[:] = [] if stage.done else [stage]
     return stage
+
+
+def open_now() -> Stage | None:
+    """The stage that this process has opened and not finished, if any."""
+    return _open[0] if _open else None
+
+
+def nothing_open() -> None:
+    """Forgets a stage that failed, where one process runs several commands."""
+    _open.clear()
 
 
 def is_main() -> bool:
@@ -184,7 +206,7 @@ def _relevant(name: str, config: Config) -> dict:
     picked: dict = {"seed": tree["seed"]}
     for entry in READS[name]:
         section, _, key = entry.partition(".")
-        picked[entry] = tree[section][key] if key else tree[section]
+        picked[entry] = tree[section][key] if key else {k: v for k, v in tree[section].items() if k not in NOT_DECIDING.get(section, ())}
     return picked
 
 
@@ -206,14 +228,15 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
         section, _, key = entry.partition(".")
         for field in [key] if key else (now[section] if isinstance(now[section], dict) else [None]):
             was, wanted = (saved.get(section), now[section]) if field is None else (saved.get(section, {}).get(field), now[section][field])
-            if was != wanted:
+            if was != wanted and field not in NOT_DECIDING.get(section, ()):
                 changes.append(f"{section}{'.' + field if field else ''} was {was!r} and is now {wanted!r}")
     raise InputError(f"{stage.folder} holds another experiment: {'; '.join(changes) or 'its settings differ'}. Nothing was written. "
                      f"Name another folder with run.dir=..., or delete {stage.folder} and the stages after it")
 
 
 def _rounded(value):
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    """Seven digits of a float; None for nan and the infinities, which JSON has no word for."""
+    return (float(f"{value:.7g}") if math.isfinite(value) else None) if isinstance(value, float) else value
 
 
 def replace_section(config: Config, section: str, **values) -> Config:

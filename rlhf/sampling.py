@@ -58,7 +58,7 @@ def draw_uniforms(rows: int, columns: int, *seeds: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder: Encoder, temperature: float, batch_size: int) -> list[list[int]]:
-    """A completion for each prompt: ids up to and with the EOS, or as many as `uniforms_BC` has columns.
+    """A completion for each prompt: ids up to and with the EOS, or as many as `uniforms_BC` has columns (CANON S2).
 
     Prompts are sampled in batches of similar length. `policy` is called under whatever autocast the caller opened.
     """

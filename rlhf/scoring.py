@@ -1,5 +1,6 @@
 """Scores of completions, one number each, from any source (CANON S4): our reward model or an ensemble of them, a reward model with
-another tokenizer, or a Python callable. Normalisation (R5) travels in the reward model's config.json as reward_gain and reward_bias.
+another tokenizer (an encoder such as BERT too), a Python callable, or a weighted mix of these. Normalisation (R5) travels in the reward
+model's config.json as reward_gain and reward_bias.
 """
 
 import importlib
@@ -11,8 +12,8 @@ import torch
 
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
-from rlhf.masking import WIDTH_STEP, length_mask, right_pad
-from rlhf.models import load_encoder, load_reward_model
+from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
+from rlhf.models import load_encoder, load_reward_model, longest_row
 from rlhf.passes import by_tokens
 
 Scorer = Callable[[list[list[dict]], list[list[int]], Encoder], torch.Tensor]
@@ -24,7 +25,9 @@ def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = 1
     """[B] outputs of a sequence classifier for prompt + completion ids, not normalised, in the order given.
 
     A causal model answers at the last real token (CANON R2), an encoder where its architecture pools; padding is on the right.
+    Raises InputError for rows longer than the model's table of positions.
     """
+    check_length(reward_model, max(map(len, rows)))
     device = next(reward_model.parameters()).device
     scores_B = torch.empty(len(rows))
     for group in by_tokens([len(r) for r in rows], budget):
@@ -32,6 +35,14 @@ def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = 1
         mask_BT = length_mask([len(rows[i]) for i in group], ids_BT.shape[1]).to(device)
         scores_B[group] = reward_model(input_ids=ids_BT, attention_mask=mask_BT.long()).logits[:, 0].float().cpu()
     return scores_B
+
+
+def check_length(reward_model, tokens: int) -> None:
+    """Raises InputError when a batch of rows of `tokens` is wider than the model has positions: there a GPU would end without a reason."""
+    width, room = round_up(tokens, WIDTH_STEP), longest_row(reward_model)
+    if room is not None and width > room:
+        raise InputError(f"a prompt with its completion has {tokens} tokens of the reward model at {reward_model.config.name_or_path!r} (in batches "
+                         f"{width} wide), and it has {room} positions; lower data.max_prompt_tokens or data.max_completion_tokens")
 
 
 class RewardModelScorer:
@@ -50,7 +61,7 @@ class RewardModelScorer:
 
 
 class EnsembleScorer:
-    """Several reward models as one (Coste): their mean, the worst, or the mean less a price on their variance."""
+    """Several reward models as one (CANON R7, Coste): their mean, the worst, or the mean less a price on their variance."""
 
     def __init__(self, members: list[Scorer], rule: str, uncertainty_coef: float):
         self.members, self.rule, self.uncertainty_coef = members, rule, uncertainty_coef
@@ -67,19 +78,33 @@ def combine(scores_MB: torch.Tensor, rule: str, uncertainty_coef: float) -> torc
     return mean_B - uncertainty_coef * scores_MB.var(0, unbiased=False) if rule == "uncertainty" else mean_B
 
 
-class CallableScorer:
-    """Scores by a Python function f(prompts, completions) -> list of float; prompts are the last user turns, both as text."""
+class MixScorer:
+    """Weighted sum of several sources' scores, each on its own scale: a reward model's normalised, a callable's as it returns them."""
 
-    def __init__(self, name: str):
+    def __init__(self, sources: list[tuple[float, Scorer]]):
+        self.sources = sources
+
+    def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
+        scores_SB = torch.stack([weight * scorer(prompts, completions, policy_encoder) for weight, scorer in self.sources])
+        return scores_SB.sum(0)
+
+
+class CallableScorer:
+    """Scores by a Python function f(prompts, completions) -> list of float; prompts are the last user turns, both as text.
+
+    `setting` is where `name` (module:function) was found, for messages. Raises InputError for what is not there or returns something else.
+    """
+
+    def __init__(self, name: str, setting: str = "ppo.score"):
         module, colon, function = name.partition(":")
+        self.named = f"{setting} names {name!r}"
         if not colon:
-            raise InputError(f"ppo.score={name!r}: found no ':', wanted module:function")
+            raise InputError(f"{self.named}: found no ':', wanted module:function")
         sys.path.insert(0, str(Path.cwd()))  # a module beside the user's config, as `python -m` would find it
         try:
             self.function = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
-            raise InputError(f"ppo.score={name!r}: {error}; wanted a function importable from the working directory") from None
-        self.name = name
+            raise InputError(f"{self.named}: {error}; wanted a function importable from the working directory") from None
 
     def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
         texts = [policy_encoder.decode(c) for c in completions]
@@ -87,9 +112,9 @@ class CallableScorer:
         try:
             scores = [float(s) for s in scores]
         except (TypeError, ValueError) as error:
-            raise InputError(f"ppo.score={self.name!r} returned {type(scores).__name__} ({error}); wanted a list of numbers") from None
+            raise InputError(f"{self.named}, which returned {type(scores).__name__} ({error}); wanted a list of numbers") from None
         if len(scores) != len(texts):
-            raise InputError(f"ppo.score={self.name!r} returned {len(scores)} scores for {len(texts)} completions; wanted one each")
+            raise InputError(f"{self.named}, which returned {len(scores)} scores for {len(texts)} completions; wanted one each")
         return torch.tensor(scores)
 
 
@@ -105,6 +130,22 @@ def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attenti
         encoder = load_encoder(str(folder))
         scorers.append(RewardModelScorer(load_reward_model(str(folder), encoder, attention).to(device), encoder))
     return scorers[0] if len(scorers) == 1 else EnsembleScorer(scorers, rule, uncertainty_coef)
+
+
+def with_mix(scorer: Scorer, mix: dict[str, float], attention: str, device) -> Scorer:
+    """`scorer` with the sources of ppo.mix added at their weights; an empty mix leaves it as it is.
+
+    A source is a folder or hub id of a reward model, or a callable's module:function. Raises InputError.
+    """
+    sources = [(1.0, scorer)]
+    for name, weight in mix.items():
+        is_callable = ":" in name and not Path(name).is_dir()
+        try:
+            source = CallableScorer(name, "ppo.mix") if is_callable else load_scorer([Path(name)], "mean", 0.0, attention, device)
+        except InputError as error:
+            raise error if is_callable else InputError(f"ppo.mix names {name!r}, neither a module:function nor a reward model: {error}") from None
+        sources.append((weight, source))
+    return MixScorer(sources) if mix else scorer
 
 
 def with_missing_eos(scores_B: torch.Tensor, ended: list[bool], missing_eos_score: float) -> torch.Tensor:

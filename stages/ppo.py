@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf.alarms import ringing
 from rlhf.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.cli import run_stage
 from rlhf.comparison import distinct_n
@@ -23,6 +24,7 @@ from rlhf.config import Config
 from rlhf.errors import TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder, write_jsonl
 from rlhf.kl import adapted_kl_coef
+from rlhf.memory import Microbatch
 from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, save_model
 from rlhf.optimizers import linear_lr, set_lr
 from rlhf.passes import PolicyAndValue
@@ -32,7 +34,7 @@ from rlhf.prompts import gold_scores, load_prompts
 from rlhf.rollout import Clock, evaluate_tokens, make_rollout, reference
 from rlhf.runs import open_stage
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import CallableScorer, load_scorer, member_folders, with_missing_eos
+from rlhf.scoring import CallableScorer, load_scorer, member_folders, with_missing_eos, with_mix
 from rlhf.value import new_value_model, ppo_optimizer
 from rlhf.workers import ALONE, workers_for
 
@@ -69,6 +71,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
 
     state = {"kl_coef": settings.kl_coef, "bad_rollouts": 0, **load_checkpoint(accelerator, stage)}
     stage.forget_after(state["step"])
+    first, told, microbatch = _first_figures(stage), set(), Microbatch(settings.microbatch_tokens)
 
     def roll(rows, *seeds):
         """Samples, scores and evaluates `rows` (all processes together); returns the Rollout and its figures."""
@@ -82,7 +85,9 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         _check_finite(scores_B, mine)
         with clock("forward"), accelerator.autocast():
             pairs = [(p.ids, c) for p, c in zip(mine, completions, strict=True)]
-            tokens = evaluate_tokens(model, ref_logprobs, pairs, encoder.pad_id, settings.temperature, settings.microbatch_tokens, device, workers)
+            longest = max(len(p) + len(c) for p, c in pairs)
+            tokens = microbatch.attempt(lambda budget: evaluate_tokens(
+                model, ref_logprobs, pairs, encoder.pad_id, settings.temperature, budget, device, workers), longest, accelerator.num_processes)
         rollout = make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, state["kl_coef"], settings.gamma, settings.lam,
                                settings.whiten_rewards)
         texts = [encoder.decode(c) for c in rollout.completions]
@@ -102,13 +107,16 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
             with clock("update"):
                 figures |= update(accelerator, model, optimizer, rollout, _update_settings(settings, step), encoder.pad_id,
                                   seed=config.seed * 1_000_003 + step, ptx_rows=_ptx_of_step(ptx, step, settings.batch_size),
-                                  after_step=average.step if average is not None else None, workers=workers)
-            figures |= {"kl_coef": state["kl_coef"], "lr": lr * settings.lr, **clock.take(), **evaluation}
+                                  after_step=average.step if average is not None else None, workers=workers, microbatch=microbatch)
+            first = first or figures
+            alarms = ringing(figures, first)
+            figures |= {"kl_coef": state["kl_coef"], "lr": lr * settings.lr, "alarms": len(alarms), **clock.take(), **evaluation}
             seconds = sum(v for k, v in figures.items() if k.startswith("seconds_"))
             real = sum(len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True))
             stage.log(step + 1, **figures, seconds=seconds, tokens_per_second=real / seconds, peak_memory_mb=peak_memory_mb())
             if stage.main:
                 write_jsonl(stage.folder / "rollouts" / f"{step + 1:05d}.jsonl", _as_text(rows, texts, rollout, gold))
+            _tell(alarms, told, step + 1, settings.stop_on_alarm, stage)
             state = _next_state(state, figures, settings, stage)
             bar.update(step + 1, score=figures["score_mean"], kl=figures["kl"], length=figures["length_mean"], tokens_per_second=int(real / seconds))
             if (step + 1) % settings.save_every == 0 and step + 1 < settings.rollouts:
@@ -127,11 +135,14 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
 
 
 def _scorer(config: Config, within: Path, attention: str, device):
-    """What scores completions, and the reward model folders behind it (none for a callable)."""
-    if config.ppo.score:
-        return CallableScorer(config.ppo.score), []
-    folders = member_folders(within / "reward", config.reward.members)
-    return load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, device), folders
+    """What scores completions, and the reward model folders that the value model may start from (none for a callable)."""
+    settings = config.ppo
+    if settings.score:
+        folders, main = [], CallableScorer(settings.score)
+    else:
+        folders = member_folders(within / "reward", config.reward.members)
+        main = load_scorer(folders, settings.ensemble, settings.uncertainty_coef, attention, device)
+    return with_mix(main, settings.mix, attention, device), folders
 
 
 def _announce(config: Config, accelerator, prompts) -> None:
@@ -189,6 +200,23 @@ def _next_state(state: dict, figures: dict, settings, stage) -> dict:
     if settings.kl_target is not None:
         kl_coef = adapted_kl_coef(kl_coef, figures["kl"], settings.kl_target, settings.batch_size, settings.kl_horizon)
     return {**state, "kl_coef": kl_coef, "bad_rollouts": bad}
+
+
+def _first_figures(stage) -> dict | None:
+    """Figures of the run's first rollout, which alarms compare with; None before there is one."""
+    path = stage.folder / "metrics.jsonl"
+    rows = read_jsonl(path) if path.is_file() else ()
+    return next((row for row in rows if "first_ratio_error" in row), None)
+
+
+def _tell(alarms: list[tuple[str, str]], told: set[str], rollout: int, stop: bool, stage) -> None:
+    """Says every alarm once; with `stop` the first one ends the run. Raises TrainingStopped."""
+    for name, message in alarms:
+        if name not in told:
+            say(f"ppo: ALARM in rollout {rollout}: {message}")
+        told.add(name)
+    if alarms and stop:
+        raise TrainingStopped(f"ppo: stopped in rollout {rollout} (ppo.stop_on_alarm): {alarms[0][1]}; the last good weights: {stage.checkpoints}")
 
 
 def _evaluation(figures: dict) -> dict:

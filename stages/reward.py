@@ -26,7 +26,7 @@ from rlhf.prompts import load_prompts
 from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation
 from rlhf.runs import Stage, file_digest, open_stage
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import RewardModelScorer, member_folders, raw_scores
+from rlhf.scoring import RewardModelScorer, check_length, member_folders, raw_scores
 from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoint
 
 JUDGE_SEED = 7777  # added to the seed of the members
@@ -54,6 +54,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     folders = member_folders(stage.folder, len(seeds))
     steps = count_steps(len(train), settings.batch_size, settings.epochs)
     answers = sum(len(row["completions"]) for row in train)
+    longest = max(len(row["prompt"]) + len(ids) for row in train + held_out for ids in row["completions"])
     say(f"{stage.name}: {describe(accelerator)}; starts from {source}" + (f"; {len(seeds)} members" if len(seeds) > 1 else ""))
     say(f"{stage.name}: {settings.epochs:g} x {len(train):,} prompts / {settings.batch_size} = {steps:,} steps; "
         f"{answers / len(train):.1f} answers a prompt, each through the model once")
@@ -65,7 +66,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
         if folder.is_dir():
             say(f"{stage.name}: {folder.name} is already there")
             continue
-        reward_model = _train(stage, config, source, encoder, train, steps, seed, member)
+        reward_model = _train(stage, config, source, encoder, train, longest, steps, seed, member)
         if stage.main:
             samples = samples or _sft_samples(config, sft, accelerator)
             _normalise(reward_model, encoder, samples, accelerator)
@@ -91,10 +92,12 @@ def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> lis
     return kept
 
 
-def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: list[dict], steps: int, seed: int, member: int):
+def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: list[dict], longest: int, steps: int, seed: int, member: int):
     """One reward model, trained; its head is drawn anew unless `source` already is a sequence classifier (CANON R1)."""
     settings, attention = config.reward, attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)  # draws what `source` lacks beside the head: the pooler of an encoder that was pretrained without one
     reward_model = load_reward_model(source, encoder, attention, config.model.trust_remote_code)
+    check_length(reward_model, longest)
     reward_model.config.use_cache = False
     reward_model.config.reward_gain, reward_model.config.reward_bias = 1.0, 0.0
     if not any(name.endswith("ForSequenceClassification") for name in reward_model.config.architectures or []):

@@ -40,6 +40,7 @@ def test_overrides_stand_above_the_file_and_the_file_above_the_defaults(tmp_path
     ("data.text=a.jsonl", "data", "text", ["a.jsonl"]),
     ("data.mapping={prompt: question}", "data", "mapping", {"prompt": "question"}),
     ("model.init=some/model", "model", "init", "some/model"),
+    ("ppo.mix={my_module:f: 0.5, some/folder: -2, other:g: 1e-1}", "ppo", "mix", {"my_module:f": 0.5, "some/folder": -2.0, "other:g": 0.1}),
 ])
 def test_values_take_the_type_of_their_setting(override, section, key, value):
     found = getattr(getattr(load(override), section), key)
@@ -53,7 +54,8 @@ def test_a_heading_with_nothing_below_it_is_an_empty_section(tmp_path):
 
 
 def test_a_config_survives_being_written_and_read():
-    config = load("seed=3", "ppo.target_kl=0.1", "data.text=[x]", "data.mapping={a: b}")
+    config = load("seed=3", "ppo.target_kl=0.1", "data.text=[x]", "data.mapping={a: b}", "ppo.mix={m:f: 2}")
+    assert [type(weight) for weight in config.ppo.mix.values()] == [float]
     assert config_from_tree(yaml.safe_load(yaml.safe_dump(config_to_tree(config))), "there") == config
 
 
@@ -118,6 +120,13 @@ def test_an_unknown_setting_is_named_with_the_nearest_legal_one(override, names,
     ("ppo.target_kl=high", ["ppo.target_kl", "'high'", "float or null"]),
     ("data.text=[1, 2]", ["data.text", "[1, 2]", "list"]),
     ("data.mapping=x", ["data.mapping", "'x'", "dict"]),
+    ("ppo.mix=my_module:f", ["ppo.mix", "'my_module:f'", "dict[str, float]"]),
+    ("ppo.mix=[my_module:f]", ["ppo.mix", "dict[str, float]"]),
+    ("ppo.mix={m:f: half}", ["ppo.mix[m:f]", "'half'", "float"]),
+    ("ppo.mix={m:f: true}", ["ppo.mix[m:f]", "True", "float"]),
+    ("ppo.mix={m:f: }", ["ppo.mix[m:f]", "None", "float"]),
+    ("ppo.mix={m:f: 1, n:g: .nan}", ["ppo.mix[n:g]", "nan", "finite"]),
+    ("ppo.mix={m:f: 0}", ["ppo.mix[m:f]", "0", "leave the source out"]),
     ("run.dir=[a]", ["run.dir", "['a']", "str"]),
     ("ppo=3", ["ppo", "3", "section"]),
     ("ppo.clip", ["'ppo.clip'", "section.key=value"]),

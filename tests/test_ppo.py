@@ -259,13 +259,14 @@ def rows_of_steps(monkeypatch, seed, ptx_rows=(), **changes):
     """Which rows (and ptx rows) each optimizer step of an update sees."""
     seen = []
 
-    def note(accelerator, model, rollout, rows, ptx, how, pad_id, workers):
+    def note(accelerator, model, rollout, rows, ptx, how, pad_id, workers, tokens):
         seen.append((rows, ptx))
         return dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "ratio_error"), 0.0), 1.0
 
     monkeypatch.setattr(rlhf.ppo, "_step", note)
     optimizer = types.SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
-    update(None, None, optimizer, types.SimpleNamespace(prompts=PROMPTS), settings(**changes), PAD, seed, ptx_rows)
+    rollout = types.SimpleNamespace(prompts=PROMPTS, completions=PROMPTS)
+    update(types.SimpleNamespace(num_processes=1), None, optimizer, rollout, settings(**changes), PAD, seed, ptx_rows)
     return seen
 
 

@@ -11,7 +11,7 @@ import pytest
 from rlhf import chat, errors
 from rlhf.cli import STAGES, TOOLS
 from rlhf.config import Config, load_config
-from rlhf.data import KINDS
+from rlhf.data import KINDS, check
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "configs").rglob("*.md"))]
@@ -67,6 +67,8 @@ def check_command(words: list[str]) -> None:
     assert name in (*STAGES, *TOOLS, "NAME"), words
     if name == "chat":
         chat.parser().parse_args(rest)
+    elif name == "data":
+        check.parser().parse_args(rest if rest != ["check"] else [*rest, "mine.jsonl"])  # prose may name it without a file
     elif "--help" not in rest:
         file = rest[rest.index("--config") + 1] if "--config" in rest[:-1] else None
         assert file is None or (ROOT / file).is_file(), words

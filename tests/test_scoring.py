@@ -1,4 +1,4 @@
-"""Scores: read at the end token wherever padding is, normalised, from other tokenizers, callables, ensembles (CANON R2, R5, R7, S2, S4)."""
+"""Scores: read at the end token wherever padding is, normalised, from other tokenizers, callables, ensembles, mixes (CANON R2, R5, R7, S2, S4)."""
 
 import json
 import random
@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from rlhf.config import config_from_tree
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.models import load_encoder, load_reward_model, save_model, train_tokenizer
-from rlhf.scoring import CallableScorer, EnsembleScorer, RewardModelScorer, combine, load_scorer, raw_scores, with_missing_eos
+from rlhf.scoring import CallableScorer, EnsembleScorer, MixScorer, RewardModelScorer, combine, load_scorer, raw_scores, with_missing_eos, with_mix
+from stages import ppo
 from tests.helpers import CONTEXT, rough, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -136,6 +138,9 @@ def nothing(prompts, completions):
 
 def names(prompts, completions):
     return ["high"] * len(completions)
+
+def minus_length(prompts, completions):
+    return [-len(c) for c in completions]
 """
 
 
@@ -165,6 +170,68 @@ def test_S4_a_callable_that_is_not_there_is_refused(name, says):
 def test_S4_a_callable_that_returns_something_else_is_refused(name, says):
     with pytest.raises(InputError, match=says):
         CallableScorer(f"my_scores:{name}")(MESSAGES, COMPLETIONS, ENCODER)
+
+
+def fixed(*scores):
+    return lambda prompts, completions, encoder: torch.tensor(scores)
+
+
+def test_S4_a_mix_is_the_weighted_sum_by_hand():
+    mixed = MixScorer([(1.0, fixed(1.0, 2.0, -3.0)), (0.5, fixed(4.0, -2.0, 0.0)), (-2.0, fixed(0.25, 0.0, 1.0))])
+    assert mixed(MESSAGES, COMPLETIONS, ENCODER).tolist() == [1 + 2 - 0.5, 2 - 1, -3 - 2]
+
+
+@pytest.mark.usefixtures("callables")
+def test_S4_the_mix_of_the_settings_adds_callables_and_reward_models_to_the_main_score(tmp_path):
+    judge = reward_model(seed=4)
+    judge.config.reward_gain, judge.config.reward_bias = 2.0, 1.0
+    save_model(judge, ENCODER, tmp_path / "judge")
+    rows = [ENCODER.prompt_ids(m) + c for m, c in zip(MESSAGES, COMPLETIONS, strict=True)]
+    second = 2.0 * raw_scores(judge, rows, ENCODER.pad_id) + 1.0
+    mixed = with_mix(fixed(1.0, 2.0, 3.0), {"my_scores:minus_length": 0.25, str(tmp_path / "judge"): 3.0}, "eager", "cpu")
+    # lengths of "cold", "Apples, pears and plums." and "": 4, 24, 0 characters
+    expected = [1 - 0.25 * 4 + 3 * second[0], 2 - 0.25 * 24 + 3 * second[1], 3 + 3 * second[2]]
+    assert mixed(MESSAGES, COMPLETIONS, ENCODER).tolist() == pytest.approx([float(e) for e in expected], abs=1e-5)
+
+
+def test_S4_an_empty_mix_leaves_the_main_score_as_it_is():
+    main = fixed(1.0)
+    assert with_mix(main, {}, "eager", "cpu") is main
+
+
+@pytest.mark.usefixtures("callables")
+@pytest.mark.parametrize(("source", "says"), [("my_scores:missing", "ppo.mix names 'my_scores:missing'.*missing"), ("no_such:f", "ppo.mix.*no_such"),
+                                              ("no/such/folder", "ppo.mix names 'no/such/folder', neither a module:function nor a reward model")])
+def test_S4_a_source_of_the_mix_that_is_not_there_is_refused(source, says):
+    with pytest.raises(InputError, match=says):
+        with_mix(fixed(1.0), {source: 0.5}, "eager", "cpu")
+
+
+@pytest.mark.usefixtures("callables")
+def test_S4_a_callable_of_the_mix_that_returns_something_else_is_named_by_its_setting():
+    with pytest.raises(InputError, match="ppo.mix names 'my_scores:too_few', which returned 1 scores for 3"):
+        with_mix(fixed(1.0, 2.0, 3.0), {"my_scores:too_few": 0.5}, "eager", "cpu")(MESSAGES, COMPLETIONS, ENCODER)
+
+
+@pytest.mark.usefixtures("callables")
+def test_S4_the_ppo_stage_scores_by_its_settings(tmp_path):
+    """Main callable alone, then with the mix; a run without a reward model has no folder for the value model to start from."""
+    tree = {"ppo": {"score": "my_scores:words", "mix": {"my_scores:minus_length": 0.5}}}
+    scorer, folders = ppo._scorer(config_from_tree(tree, "test"), tmp_path, "eager", "cpu")
+    # words: characters of the prompt + 100 a word; then half a character less a character
+    assert scorer(MESSAGES, COMPLETIONS, ENCODER).tolist() == [2 + 100 - 2, 12 + 400 - 12, 26] and folders == []
+    save_model(reward_model(seed=2), ENCODER, tmp_path / "reward" / "model")
+    scorer, folders = ppo._scorer(config_from_tree({"ppo": {"mix": {"my_scores:minus_length": 0.5}}}, "test"), tmp_path, "eager", "cpu")
+    plain = load_scorer(folders, "mean", 1.0, "eager", "cpu")(MESSAGES, COMPLETIONS, ENCODER)
+    assert folders == [tmp_path / "reward" / "model"]
+    assert scorer(MESSAGES, COMPLETIONS, ENCODER).tolist() == pytest.approx((plain - torch.tensor([2.0, 12.0, 0.0])).tolist(), abs=1e-5)
+
+
+def test_rows_longer_than_the_models_positions_are_refused_with_the_remedy():
+    row = PROMPTS[0] + [40] * (CONTEXT - len(PROMPTS[0]))
+    assert raw_scores(reward_model(), [row], ENCODER.pad_id).isfinite().all()
+    with pytest.raises(InputError, match=rf"{CONTEXT + 1} tokens.*{CONTEXT} positions; lower data.max_prompt_tokens"):
+        raw_scores(reward_model(), [PROMPTS[1], row + [40]], ENCODER.pad_id)
 
 
 # S2

@@ -24,13 +24,13 @@ def gradients(count: int, autocast: bool = False) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def test_threads_give_the_gradients_of_one_backward():
+def test_P4_threads_give_the_gradients_of_one_backward():
     for one, two in zip(gradients(1), gradients(2), strict=True):
         assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_threads_give_the_same_bits_every_time(autocast):
+def test_P4_threads_give_the_same_bits_every_time(autocast):
     first = gradients(2, autocast)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(2, autocast), strict=True))

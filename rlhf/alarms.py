@@ -1,0 +1,58 @@
+"""Alarms of a PPO run: figures that say a policy collapses or that the arithmetic disagrees with itself, and what to change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+RATIO_ERROR = 0.05  # bf16 passes of differently shaped batches differ by a few percent at most (CANON A1)
+KL_AT_START = 1e-3  # nats per completion (CANON A2)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """`rings(now, first)`: figures of a rollout and of the run's first one -> True when something is wrong; `advice` says what to change."""
+
+    name: str
+    rings: Callable[[dict, dict], bool]
+    says: str
+    advice: str
+
+
+ALARMS = (
+    Alarm("first_ratio_error", lambda now, first: now["first_ratio_error"] > RATIO_ERROR,
+          "sampling and update disagree about the same tokens (largest |ratio - 1| {first_ratio_error:.3f}, CANON A1)",
+          "try run.precision=fp32; if it stays, report a bug"),
+    Alarm("entropy", lambda now, first: now["entropy"] < 0.1 * first["entropy"],
+          "the policy has nearly stopped choosing (entropy {entropy:.3f} nats a token)", "raise ppo.kl_coef or lower ppo.lr"),
+    Alarm("eos_rate", lambda now, first: now["eos_rate"] < first["eos_rate"] - 0.2,
+          "completions no longer end by themselves ({eos_rate:.0%} do)", "lower ppo.missing_eos_score, or raise data.max_completion_tokens"),
+    Alarm("distinct_2", lambda now, first: now["distinct_2"] < 0.4 * first["distinct_2"],
+          "the answers repeat themselves (distinct-2 {distinct_2:.2f})", "raise ppo.kl_coef; read the rollouts for what the reward model overrates"),
+    Alarm("kl", lambda now, first: now["kl"] > 25.0,
+          "the policy is far from the SFT model (KL {kl:.0f} nats a completion)", "raise ppo.kl_coef, or set ppo.kl_target"),
+    Alarm("length_mean", lambda now, first: not 0.5 <= now["length_mean"] / first["length_mean"] <= 2.0,
+          "the length runs away ({length_mean:.0f} tokens on average)", "raise ppo.kl_coef; the reward model may like length for its own sake"),
+    Alarm("skipped_steps", lambda now, first: now["skipped_steps"] > 0,
+          "{skipped_steps} optimizer steps had no finite gradient and were left out", "lower ppo.lr; look at the rollout's prompts and scores"),
+)
+
+
+def ringing(now: dict, first: dict) -> list[tuple[str, str]]:
+    """(name, message with advice) of every alarm that rings for a rollout's figures; `first`: those of the run's first rollout.
+
+    Every alarm bears the name of its figure; a figure that is missing or null rings nothing.
+    """
+    found = [(a.name, f"{a.says.format(**now)}; {a.advice}") for a in ALARMS
+             if now.get(a.name) is not None and first.get(a.name) is not None and a.rings(now, first)]
+    if now is first and abs(now["kl"]) > KL_AT_START:
+        found.append(("kl_at_start", f"KL to the SFT model is {now['kl']:.4f} before anything was learned (CANON A2); report a bug"))
+    return found
+
+
+def history(rows: list[dict]) -> list[str]:
+    """A sentence for every alarm that rang in a run, from the lines of its metrics.jsonl (lines of evaluations are passed over)."""
+    rollouts = [row for row in rows if row.get("first_ratio_error") is not None]
+    rang: dict[str, list[tuple[int, str]]] = {}
+    for row in rollouts:
+        for name, message in ringing(row, rollouts[0]):
+            rang.setdefault(name, []).append((row["step"], message))
+    return [f"Alarm in {len(found)} of {len(rollouts)} rollouts, first in rollout {found[0][0]}: {found[0][1]}." for found in rang.values()]

@@ -1,0 +1,46 @@
+"""When a microbatch does not fit into memory: it is halved and tried again with the same mathematics (CANON P4)."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from rlhf.errors import TrainingStopped
+from rlhf.progress import say
+
+WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")  # as CUDA and the CPU allocator put it
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for every way in which torch says that memory ran out, on GPUs and CPUs."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(w in str(error) for w in WORDS)
+
+
+class Microbatch:
+    """How many tokens a microbatch may have; once halved it stays so for the rest of the run."""
+
+    def __init__(self, tokens: int, setting: str = "ppo.microbatch_tokens"):
+        self.tokens, self.setting = tokens, setting
+
+    def attempt(self, function: Callable[[int], object], longest_row: int, processes: int = 1):
+        """function(tokens), tried anew with half the tokens while memory runs out and more than one row would fit.
+
+        `function` must undo what a failed try left behind. Raises TrainingStopped when a single row does not fit, and with several processes,
+        where one that tries again would leave the others waiting.
+        """
+        while True:
+            try:
+                return function(self.tokens)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.tokens <= longest_row or processes > 1:
+                    raise TrainingStopped(f"memory ran out in a microbatch of at most {self.tokens} tokens (longest row: {longest_row}); the "
+                                          f"last checkpoint is whole. Lower {self.setting}, data.max_prompt_tokens or "
+                                          "data.max_completion_tokens") from None
+            # Outside of the except block, where the failed try's tensors are no longer held by its traceback
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.tokens = max(longest_row, self.tokens // 2)
+            say(f"memory ran out: microbatches have at most {self.tokens} tokens from here on, with the same result ({self.setting})")

@@ -1,0 +1,81 @@
+"""Memory that runs out: microbatches are halved, the gradients stay those of the whole minibatch, and what cannot fit is said."""
+
+import pytest
+import torch
+
+import rlhf.ppo
+from rlhf.errors import TrainingStopped
+from rlhf.memory import Microbatch, is_out_of_memory
+from rlhf.ppo import update
+from tests import processes
+from tests.helpers import collect, cpu, nano, policy_and_value, settings, some_prompts, tiny_encoder
+
+ENCODER = tiny_encoder()
+PROMPTS = some_prompts(ENCODER, 12)
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True), (MemoryError(), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (ValueError("out of memory"), False)])
+def test_what_counts_as_memory_running_out(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def fits(limit):
+    """A function of a token budget that runs out of memory above `limit`."""
+    def function(tokens):
+        if tokens > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tokens
+
+    return function
+
+
+def test_the_microbatch_is_halved_until_it_fits_and_stays_so(capsys):
+    microbatch = Microbatch(1000)
+    assert microbatch.attempt(fits(300), longest_row=40) == 250 == microbatch.tokens
+    assert microbatch.attempt(fits(300), longest_row=40) == 250
+    assert capsys.readouterr().out.count("memory ran out") == 2  # at 500 and at 250 tokens, not again
+
+
+def test_one_row_is_the_least_and_then_the_run_stops_with_a_remedy():
+    assert Microbatch(100).attempt(fits(60), longest_row=60) == 60
+    with pytest.raises(TrainingStopped, match="longest row: 70.*ppo.microbatch_tokens"):
+        Microbatch(100).attempt(fits(60), longest_row=70)
+
+
+def test_several_processes_stop_rather_than_wait_for_each_other():
+    with pytest.raises(TrainingStopped):
+        Microbatch(1000).attempt(fits(300), longest_row=40, processes=2)
+
+
+def test_other_errors_pass():
+    with pytest.raises(ZeroDivisionError):
+        Microbatch(10).attempt(lambda tokens: 1 / 0, longest_row=1)
+
+
+def test_P4_an_update_that_ran_out_of_memory_half_way_has_the_gradients_of_one_that_did_not(monkeypatch):
+    model = policy_and_value(ENCODER)
+    rollout = collect(cpu(), model, nano(ENCODER, 9), ENCODER, PROMPTS, len)
+
+    def gradients(budget):
+        recorder = processes.KeepsGradients(model)
+        figures = update(cpu(), model, recorder, rollout, settings(minibatches=1, microbatch_tokens=budget), ENCODER.pad_id, seed=0)
+        return recorder.steps[0], figures
+
+    expected, whole = gradients(100)
+    plain, tried = rlhf.ppo._ppo_loss, []
+
+    def second_large_one_fails(accelerator, model, rollout, rows, *rest):
+        tried.append(len(rows))
+        if len(tried) == 2:  # the first microbatch already left gradients behind
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(accelerator, model, rollout, rows, *rest)
+
+    monkeypatch.setattr(rlhf.ppo, "_ppo_loss", second_large_one_fails)
+    found, figures = gradients(200)
+    assert len(tried) > 3 and figures == pytest.approx(whole, rel=1e-5)
+    scale = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-6 * scale, name

@@ -1,0 +1,60 @@
+"""The small GPT is what it says it is (CANON B1)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf.models import new_gpt
+from tests.helpers import nano, tiny_encoder
+
+ENCODER = tiny_encoder()
+
+
+def by_hand(weights: dict, ids: list[int], layers: int, heads: int) -> torch.Tensor:
+    """Logits [T, V] of a GPT-2 with exact GELU, from its equations."""
+    def norm(x, name):
+        scaled = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    x = weights["transformer.wte.weight"][ids] + weights["transformer.wpe.weight"][: len(ids)]
+    width = x.shape[1] // heads
+    for layer in range(layers):
+        block = f"transformer.h.{layer}"
+        queries, keys, values = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").split(x.shape[1], 1)
+        attended = torch.zeros_like(x)
+        for head in range(heads):
+            own = slice(head * width, (head + 1) * width)
+            for t in range(len(ids)):
+                share = torch.softmax(keys[: t + 1, own] @ queries[t, own] / math.sqrt(width), 0)
+                attended[t, own] = share @ values[: t + 1, own]
+        x = x + linear(attended, f"{block}.attn.c_proj")
+        inner = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        x = x + linear(0.5 * inner * (1 + torch.erf(inner / math.sqrt(2))), f"{block}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ weights["transformer.wte.weight"].T
+
+
+def test_B1_logits_are_those_of_the_equations():
+    model, ids = nano(ENCODER), [5, 40, 41, 7, 200]
+    with torch.no_grad():
+        found = model.eval()(input_ids=torch.tensor([ids])).logits[0]
+        expected = by_hand({name: w.double() for name, w in model.state_dict().items()}, ids, layers=2, heads=2)
+    assert F.softmax(found, -1).max() > 0.01
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_B1_a_fresh_gpt_starts_at_gpt_2s_scales():
+    torch.manual_seed(0)
+    model = new_gpt("micro", ENCODER, 256, "eager")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.transformer.wpe.weight.shape == (256, 192)
+    assert len(model.transformer.h) == 4
+    for block in model.transformer.h:
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            assert projection.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 4), rel=0.03)
+        for other in (block.attn.c_attn, block.mlp.c_fc):
+            assert other.weight.std().item() == pytest.approx(0.02, rel=0.03)

@@ -36,13 +36,13 @@ SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "
 
 
 def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSettings, pad_id: int, seed: int, ptx_rows=(), after_step=None,
-           workers: Workers = ALONE, microbatch: Microbatch | None = None) -> dict:
+           workers: Workers = ALONE, microbatch: Microbatch | None = None, on_skip=None) -> dict:
     """Optimizes `model` (a prepared PolicyAndValue) on a rollout; returns figures for metrics.jsonl.
 
     `ptx_rows`: (prompt, completion) id pairs for PPO-ptx, shared out over the optimizer steps. `after_step()` runs after each step.
     `workers`: microbatches are differentiated side by side where there are several. `microbatch`: halved when memory runs out; kept by the
     caller for the next rollouts (None: of settings.microbatch_tokens).
-    A step whose gradient is not finite is left out and counted.
+    A step whose gradient is not finite is left out, counted, and told to `on_skip(rows of the rollout)`.
     """
     generator, microbatch = torch.Generator().manual_seed(seed), microbatch or Microbatch(settings.microbatch_tokens)
     steps, skipped, first_error, epochs_run = [], 0, 0.0, 0
@@ -68,6 +68,8 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
                     after_step()
             else:
                 skipped += 1
+                if on_skip is not None:
+                    on_skip(rows)
             optimizer.zero_grad()
             steps.append({**figures, "grad_norm": norm})
             epoch_kl.append(figures["approx_kl"])

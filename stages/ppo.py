@@ -107,7 +107,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
             with clock("update"):
                 figures |= update(accelerator, model, optimizer, rollout, _update_settings(settings, step), encoder.pad_id,
                                   seed=config.seed * 1_000_003 + step, ptx_rows=_ptx_of_step(ptx, step, settings.batch_size),
-                                  after_step=average.step if average is not None else None, workers=workers, microbatch=microbatch)
+                                  after_step=average.step if average is not None else None, workers=workers, microbatch=microbatch,
+                                  on_skip=lambda places, rows=rows, step=step: _tell_skip([rows[i].id for i in places], step + 1))
             first = first or figures
             alarms = ringing(figures, first)
             figures |= {"kl_coef": state["kl_coef"], "lr": lr * settings.lr, "alarms": len(alarms), **clock.take(), **evaluation}
@@ -217,6 +218,10 @@ def _tell(alarms: list[tuple[str, str]], told: set[str], rollout: int, stop: boo
         told.add(name)
     if alarms and stop:
         raise TrainingStopped(f"ppo: stopped in rollout {rollout} (ppo.stop_on_alarm): {alarms[0][1]}; the last good weights: {stage.checkpoints}")
+
+
+def _tell_skip(prompt_ids: list[str], rollout: int) -> None:
+    say(f"ppo: a step of rollout {rollout} was left out, its gradient was not finite; its prompts have the ids {', '.join(prompt_ids)}")
 
 
 def _evaluation(figures: dict) -> dict:

@@ -63,7 +63,6 @@ NOT_YET = {
           "nobody has written it",
 }
 PARTLY = {
-    "A4": "prompt ids are named for scores; a step left out for its gradient is counted without them",
     "E1": "the moving average replaces PPO's last weights; compare cannot show both",
     "E3": "the judges that compare offers score one answer at a time; a judge of pairs can only be given from Python",
     "E5": "SFT is compared with itself on the same samples; a second draw, and an untrained model, are not among compare's policies",

@@ -333,8 +333,11 @@ def test_A4_a_step_whose_gradient_is_not_finite_is_left_out_and_counted(poison):
                      settings(minibatches=1), PAD, seed=1, after_step=lambda: after_steps.append(1))
     assert figures["skipped_steps"] == 1 and after_steps == []
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    told = []
     figures = update(cpu(), model, ppo_optimizer(model, 1e-3, 1e-3), dataclasses.replace(rollout, advantages_BC=advantages),
-                     settings(minibatches=2), PAD, seed=1)
+                     settings(minibatches=2), PAD, seed=1, on_skip=told.append)
+    [rows] = told
+    assert 4 in rows and len(rows) == len(PROMPTS) // 2
     assert figures["skipped_steps"] == 1  # the other minibatch is good, and is taken
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not all(torch.equal(p, before[n]) for n, p in model.named_parameters())

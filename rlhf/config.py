@@ -121,7 +121,7 @@ class Ppo:
     lr: float = setting(2e-4, "peak learning rate of the policy, linear to 0 over the run")
     value_lr: float = setting(3e-4, "peak learning rate of the value model, linear to 0")
     warmup_rollouts: int = setting(2, "rollouts in which only the value model learns")
-    # DEPARTS: P7's fixed price is 0.05; at 0.1 already the quickstart's PPO found what its reward model overrates (configs/EXPERIMENTS.md)
+    # DEPARTS: P7's fixed price is 0.05; at 0.1 a weaker base's PPO over-optimised, and today's gains nothing by it (configs/EXPERIMENTS.md)
     kl_coef: float = setting(0.15, "price of one nat of KL to the SFT policy, in units of the normalised score")
     kl_target: float | None = setting(None, "nats per completion; set: the KL coefficient adapts to it (horizon kl_horizon)")
     kl_horizon: int = setting(10_000, "completions, time constant of the adaptive KL coefficient")

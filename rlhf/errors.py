@@ -2,6 +2,7 @@
 
 EXIT_DONE = 0
 EXIT_CRASHED = 1  # a mistake of ours
+EXIT_WARNINGS = 1  # of `rlhf data check`: usable, with warnings
 EXIT_INPUT = 2
 EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130

@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from rlhf.models import parameter_count
+
 LARGEST = 20_000_000  # parameters; beyond, operations are long enough to be shared, and a gradient per part would cost memory
 
 
 def workers_for(accelerator, model: torch.nn.Module) -> "Workers":
     """A worker for every thread torch has, where one process trains a small model on CPUs; otherwise one, which changes nothing."""
-    small = sum(p.numel() for p in model.parameters()) <= LARGEST
+    small = parameter_count(model) <= LARGEST
     return Workers(torch.get_num_threads() if small and accelerator.num_processes == 1 and accelerator.device.type == "cpu" else 1)
 
 

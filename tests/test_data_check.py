@@ -21,7 +21,7 @@ from rlhf.data.splits import text_id
 from rlhf.data.wording import script_of, words_of
 from rlhf.rankings import encode_rankings
 
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside this repository
 NOUNS = ["apple", "boat", "candle", "door", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle", "ladder"]
 ATTACK = "</div><script>document.title='run'</script><img src=x onerror=alert(1)>"
 

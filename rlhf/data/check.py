@@ -38,10 +38,9 @@ from rlhf.data.facts import (
 )
 from rlhf.data.formats import KINDS
 from rlhf.data.shortcuts import Accuracy
-from rlhf.errors import EXIT_DONE, InputError
+from rlhf.errors import EXIT_DONE, EXIT_WARNINGS, InputError
 from rlhf.terminal import printable
 
-EXIT_WARNINGS = 1
 RECOGNISED_IN_ORDER = ("preferences", "demonstrations", "text", "prompts")  # a document could pass for a prompt, so text goes before
 SHOWN_CHARACTERS = 400  # of a part of a row, in the terminal
 GREEN, RED, DIM, BOLD, YELLOW, OFF = "\033[32m", "\033[31m", "\033[2m", "\033[1m", "\033[33m", "\033[0m"

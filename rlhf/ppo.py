@@ -32,7 +32,8 @@ class UpdateSettings:
     temperature: float
 
 
-SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "tokens", "ptx_tokens")
+MEANS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio_drift")  # over the real tokens of a minibatch
+SUMS = (*MEANS, "ptx_loss", "tokens", "ptx_tokens")
 
 
 def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSettings, pad_id: int, seed: int, ptx_rows=(), after_step=None,
@@ -45,7 +46,7 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
     A step whose gradient is not finite is left out, counted, and told to `on_skip(rows of the rollout)`.
     """
     generator, microbatch = torch.Generator().manual_seed(seed), microbatch or Microbatch(settings.microbatch_tokens)
-    steps, skipped, first_error, epochs_run = [], 0, 0.0, 0
+    steps, skipped, first, epochs_run = [], 0, {}, 0
     ptx = [list(ptx_rows[i :: settings.epochs * settings.minibatches]) for i in range(settings.epochs * settings.minibatches)]
     for _ in range(settings.epochs):
         order = torch.randperm(len(rollout.prompts), generator=generator).tolist()
@@ -61,7 +62,7 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
             longest = max(len(rollout.prompts[i]) + len(rollout.completions[i]) for i in rows)
             figures, norm = microbatch.attempt(attempt, longest, accelerator.num_processes)
             if not steps:
-                first_error = figures["ratio_error"]
+                first = {f"first_{name}": figures[name] for name in ("ratio_error", "ratio_drift")}
             if math.isfinite(norm):
                 optimizer.step()
                 if after_step is not None:
@@ -77,8 +78,7 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
         if settings.target_kl is not None and sum(epoch_kl) / len(epoch_kl) > settings.target_kl:
             break
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm") + (("ptx_loss",) if ptx_rows else ())
-    return {**{n: sum(s[n] for s in steps) / len(steps) for n in names}, "first_ratio_error": first_error, "skipped_steps": skipped,
-            "epochs_run": epochs_run}
+    return {**{n: sum(s[n] for s in steps) / len(steps) for n in names}, **first, "skipped_steps": skipped, "epochs_run": epochs_run}
 
 
 def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int,
@@ -104,7 +104,7 @@ def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings
     parts = [partial(ppo_part, group) for group in groups] + ([ptx_part] if my_ptx else [])
     sums, errors = (torch.stack(column) for column in zip(*accumulate(accelerator, workers, model, parts), strict=True))
     totals = dict(zip(SUMS, sum_over_processes(accelerator, sums.sum(0)).tolist(), strict=True))
-    figures = {n: totals[n] / max(totals["tokens"], 1) for n in ("policy_loss", "value_loss", "approx_kl", "clip_fraction")}
+    figures = {n: totals[n] / max(totals["tokens"], 1) for n in MEANS}
     figures["ptx_loss"] = totals["ptx_loss"] / max(totals["ptx_tokens"], 1)
     figures["ratio_error"] = float(accelerator.gather(errors.max()[None]).max())
     return figures, _clip(accelerator, model, settings.max_grad_norm)
@@ -126,7 +126,7 @@ def _ppo_loss(accelerator, model, rollout, rows: list[int], settings: UpdateSett
         off_BC = (ratio_BC - 1).abs()
         kl_sum = torch.where(batch.mask_BC, k3(old_BC, logprobs_BC), 0.0).sum()
         clipped = (off_BC > settings.clip).sum()
-        figures = torch.stack([policy_sum.detach(), value_sum.detach(), kl_sum, clipped, kl_sum * 0, count, count * 0]).double()
+        figures = torch.stack([policy_sum.detach(), value_sum.detach(), kl_sum, clipped, off_BC.sum(), kl_sum * 0, count, count * 0]).double()
     return settings.policy_coef * policy_sum + settings.value_coef * value_sum, figures, off_BC.max().double()
 
 

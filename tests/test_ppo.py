@@ -187,12 +187,14 @@ def test_figures_by_hand():
 
 
 @pytest.mark.parametrize("budget", [1, 60, 1_000_000])
-def test_A1_ratio_error_is_the_largest_of_the_minibatch_whatever_the_microbatches(budget):
+def test_A1_ratio_error_is_the_largest_and_drift_the_mean_of_the_minibatch_whatever_the_microbatches(budget):
     model = policy_and_value(ENCODER)
     rollout = rollout_of(model)
     one = torch.zeros_like(rollout.old_logprobs_BC)
     one[3, 0], one[5, 0] = math.log(2.0), math.log(1.5)
-    assert gradients(model, shifted(rollout, one), microbatch_tokens=budget)[1]["first_ratio_error"] == pytest.approx(1.0, abs=1e-3)
+    figures = gradients(model, shifted(rollout, one), microbatch_tokens=budget)[1]
+    assert figures["first_ratio_error"] == pytest.approx(1.0, abs=1e-3)
+    assert figures["first_ratio_drift"] == pytest.approx((1.0 + 0.5) / int(rollout.mask_BC.sum()), abs=1e-4)
 
 
 # A1 and P12 over real steps
@@ -261,7 +263,7 @@ def rows_of_steps(monkeypatch, seed, ptx_rows=(), **changes):
 
     def note(accelerator, model, rollout, rows, ptx, how, pad_id, workers, tokens):
         seen.append((rows, ptx))
-        return dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ptx_loss", "ratio_error"), 0.0), 1.0
+        return dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio_drift", "ptx_loss", "ratio_error"), 0.0), 1.0
 
     monkeypatch.setattr(rlhf.ppo, "_step", note)
     optimizer = types.SimpleNamespace(step=lambda: None, zero_grad=lambda: None)

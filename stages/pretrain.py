@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from rlhf.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.cli import run_stage
@@ -27,6 +27,7 @@ from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder
+from rlhf.losses import linear_cross_entropy
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad
 from rlhf.models import attention_kernel, load_encoder, new_gpt, parameter_count, save_model, train_tokenizer
 from rlhf.optimizers import linear_lr, pretraining_optimizers, set_lr
@@ -59,12 +60,12 @@ def main(config: Config) -> None:
     tokens = sum(map(len, rows))
 
     attention = attention_kernel(config.model.attention, accelerator.device)
-    model = new_gpt(config.model.size, encoder, config.model.context, attention)
-    say(f"pretrain: {describe(accelerator)}; {parameter_count(model) / 1e6:.1f}M parameters, {tokens:,} tokens of text in {len(rows):,} rows")
+    gpt = new_gpt(config.model.size, encoder, config.model.context, attention)
+    say(f"pretrain: {describe(accelerator)}; {parameter_count(gpt) / 1e6:.1f}M parameters, {tokens:,} tokens of text in {len(rows):,} rows")
     say(f"pretrain: {settings.steps:,} steps x at most {settings.batch_tokens:,} tokens")
-    workers = workers_for(accelerator, model)
-    optimizers = pretraining_optimizers(model, settings.lr, settings.matrix_lr, settings.weight_decay)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
+    workers = workers_for(accelerator, gpt)
+    optimizers = pretraining_optimizers(gpt, settings.lr, settings.matrix_lr, settings.weight_decay)
+    model, *optimizers = accelerator.prepare(NextTokenLoss(gpt), *optimizers)
     first = load_checkpoint(accelerator, stage)["step"]
     stage.forget_after(first)
     batches, clock, seen = _batches(rows, settings.batch_tokens // accelerator.num_processes, config.seed, accelerator), time.perf_counter(), 0
@@ -97,9 +98,23 @@ def main(config: Config) -> None:
     eval_loss = _eval_loss(workers, model, held_out, encoder.pad_id, accelerator.device)
     if stage.main:
         with replacing_folder(stage.model) as folder:
-            save_model(accelerator.unwrap_model(model), encoder, folder)
+            save_model(gpt, encoder, folder)
     say(f"pretrain: held-out loss {eval_loss:.3f} nats a token; model in {stage.model}")
     stage.finish(eval_loss=eval_loss)
+
+
+class NextTokenLoss(nn.Module):
+    """A GPT with its loss, so that a wrapper (autocast, DDP) holds both and the output layer runs inside the loss."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, ids_BT, mask_BT) -> torch.Tensor:
+        """Sum over real tokens of -log p of the next one, nats. No attention mask: padding is on the right, where nothing real looks."""
+        hidden_BTD = self.gpt.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
+        real_BT = mask_BT[:, 1:]
+        return linear_cross_entropy(hidden_BTD[real_BT], self.gpt.get_output_embeddings().weight, ids_BT[:, 1:][real_BT])
 
 
 def _tokenizer(stage, text: Path, vocab_size: int) -> Encoder:
@@ -169,9 +184,7 @@ def _loss(model, rows: list[list[int]], pad_id: int, device) -> torch.Tensor:
     """Sum over real tokens of -log p of the next one, nats."""
     ids_BT = right_pad(rows, pad_id, WIDTH_STEP).to(device)
     mask_BT = length_mask([len(r) for r in rows], ids_BT.shape[1]).to(device)
-    # No attention mask: padding is on the right, where nothing real looks
-    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits_BTV.float()[mask_BT[:, 1:]], ids_BT[:, 1:][mask_BT[:, 1:]], reduction="sum")
+    return model(ids_BT, mask_BT)
 
 
 def _eval_loss(workers: Workers, model, rows: list[list[int]], pad_id: int, device) -> float:

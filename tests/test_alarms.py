@@ -9,8 +9,10 @@ from rlhf.alarms import ALARMS, history, ringing
 from rlhf.errors import TrainingStopped
 from stages import ppo
 
-FIRST = {"first_ratio_error": 0.1, "first_ratio_drift": 0.01, "entropy": 1.0, "eos_rate": 0.99, "distinct_2": 0.5, "kl": 0.0, "length_mean": 20.0, "skipped_steps": 0}
-HEALTHY = {"first_ratio_error": 0.3, "first_ratio_drift": 0.03, "entropy": 0.4, "eos_rate": 1.0, "distinct_2": 0.4, "kl": 6.0, "length_mean": 24.0, "skipped_steps": 0}
+FIRST = {"first_ratio_error": 0.1, "first_ratio_drift": 0.01, "entropy": 1.0, "eos_rate": 0.99, "distinct_2": 0.5, "kl": 0.0,
+         "length_mean": 20.0, "skipped_steps": 0}
+HEALTHY = {"first_ratio_error": 0.3, "first_ratio_drift": 0.03, "entropy": 0.4, "eos_rate": 1.0, "distinct_2": 0.4, "kl": 6.0,
+           "length_mean": 24.0, "skipped_steps": 0}
 
 
 def test_nothing_rings_in_a_healthy_run():
@@ -18,8 +20,8 @@ def test_nothing_rings_in_a_healthy_run():
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("first_ratio_error", 1.1), ("first_ratio_drift", 0.06), ("entropy", 0.09), ("eos_rate", 0.78), ("distinct_2", 0.19), ("kl", 25.1), ("length_mean", 41.0),
-    ("length_mean", 9.0), ("skipped_steps", 1)])
+    ("first_ratio_error", 1.1), ("first_ratio_drift", 0.06), ("entropy", 0.09), ("eos_rate", 0.78), ("distinct_2", 0.19), ("kl", 25.1),
+    ("length_mean", 41.0), ("length_mean", 9.0), ("skipped_steps", 1)])
 def test_each_alarm_rings_alone_and_says_what_to_change(name, value):
     [(rang, message)] = ringing(HEALTHY | {name: value}, FIRST)
     assert rang == name

@@ -1,7 +1,6 @@
 """Losses of stages 2 and 3. Each returns a sum and a count; the optimizer step divides once, over all processes (CANON P4).
 
-Shapes: B rows, C completion tokens, K answers of a prompt, N tokens, D hidden width, V vocabulary. Masks are True on real tokens; what stands
-elsewhere never reaches a loss.
+Shapes: B rows, C completion tokens, K answers of a prompt. Masks are True on real tokens; what stands elsewhere never reaches a loss.
 """
 
 import torch
@@ -49,43 +48,3 @@ def ranking_loss(rewards_BK, ranks_BK, margin_B=None, ties: str = "drop") -> tup
         pairs_BKK = better_BKK | tied_BKK
     pairs_B = pairs_BKK.sum((1, 2))
     return (losses_BKK.sum((1, 2)) / pairs_B.clamp(min=1)).sum(), (pairs_B > 0).sum()
-
-
-def linear_cross_entropy(hidden_ND, weight_VD, targets_N, chunk: int = 256) -> torch.Tensor:
-    """Sum over tokens of -log softmax(hidden·weightᵀ)[target], nats in fp32: output layer and cross entropy in one.
-
-    The logits live for `chunk` tokens at a time, already turned into their own gradient (the idea of Liger-Kernel), so that no [N, V] is
-    kept or read again: 1.13 times the tokens a second in pretraining on CPUs (configs/EXPERIMENTS.md). Under autocast products are in its
-    dtype, as the output layer's would be.
-    """
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, chunk):
-        kind, device = hidden_ND.device.type, hidden_ND.device
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
-        exact = torch.promote_types(weight_VD.dtype, torch.float32)
-        with torch.autocast(kind, enabled=False):
-            hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=exact)
-            loss = torch.zeros((), dtype=exact, device=device)
-            for part in range(0, len(targets_N), chunk):
-                h, targets = hidden[part : part + chunk], targets_N[part : part + chunk, None]
-                logits = (h @ weight.T).to(exact)
-                log_z = logits.logsumexp(1, keepdim=True)
-                loss += (log_z - logits.gather(1, targets)).sum()
-                by_logits = logits.sub_(log_z).exp_()  # softmax - one-hot
-                by_logits.scatter_add_(1, targets, -torch.ones_like(targets, dtype=exact))
-                by_logits = by_logits.to(dtype)
-                grad_hidden[part : part + chunk] = by_logits @ weight
-                grad_weight += by_logits.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = (g.to(dtype) * grad_loss for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return grad_hidden, grad_weight, None, None

@@ -7,9 +7,10 @@ Shapes: B rows, T tokens of prompt + completion, N completion tokens of all rows
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from rlhf.logprobs import token_logprobs
+from rlhf.logprobs import output_logprobs, token_logprobs
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 
 PICKED_STEP = 256  # see WIDTH_STEP in rlhf/masking.py
@@ -52,15 +53,18 @@ def make_rows(prompts: list[list[int]], completions: list[list[int]], pad_id: in
 def policy_pass(policy, rows: Rows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logprobs_BC, entropy_BC, hidden_BTD): fp32 nats of the completion tokens, 0 on padding, and the trunk's last hidden states."""
     inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    if any(getattr(inner.config, name, None) for name in SCALES_LOGITS):
+    count, output_layer = len(rows.targets_N), inner.get_output_embeddings()
+    if getattr(output_layer, "bias", None) is not None or any(getattr(inner.config, name, None) for name in SCALES_LOGITS):
         output = inner(input_ids=rows.ids_BT, use_cache=False, output_hidden_states=True)
-        hidden_BTD, logits_NV = output.hidden_states[-1], _picked(output.logits, rows.before_N)
+        hidden_BTD = output.hidden_states[-1]
+        figures = token_logprobs(_picked(output.logits, rows.before_N)[:count], rows.targets_N, temperature)
     else:
         hidden_BTD = inner.base_model(input_ids=rows.ids_BT, use_cache=False).last_hidden_state
-        logits_NV = inner.get_output_embeddings()(_picked(hidden_BTD, rows.before_N))
-    count = len(rows.targets_N)
-    logprobs_N, entropy_N = token_logprobs(logits_NV[:count], rows.targets_N, temperature)
-    return rows.spread(logprobs_N), rows.spread(entropy_N), hidden_BTD
+        hidden_ND = _picked(hidden_BTD, rows.before_N)
+        targets_N = F.pad(rows.targets_N, (0, len(hidden_ND) - count))
+        figures = output_logprobs(hidden_ND, output_layer.weight, targets_N, temperature)
+    logprobs_BC, entropy_BC = (rows.spread(figure_N[:count]) for figure_N in figures)
+    return logprobs_BC, entropy_BC, hidden_BTD
 
 
 def _picked(states_BTX: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder
-from rlhf.losses import linear_cross_entropy
+from rlhf.logprobs import linear_cross_entropy
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad
 from rlhf.models import attention_kernel, load_encoder, new_gpt, parameter_count, save_model, train_tokenizer
 from rlhf.optimizers import linear_lr, pretraining_optimizers, set_lr

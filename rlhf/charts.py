@@ -14,6 +14,8 @@ from html import escape
 import matplotlib.style
 from matplotlib.figure import Figure
 
+from rlhf.paths import PACKAGE
+
 INK = "ink"  # text, axes and grid: the page's own text colour
 SLOTS = (INK, "pretrained", "sft", "best-of", "ppo", "extra-1", "extra-2", "extra-3")
 KNOWN_SLOTS = {"pretrained": "pretrained", "sft": "sft", "ppo": "ppo", "ppo_ema": "extra-1"}
@@ -178,3 +180,11 @@ def _svg(figure: Figure, name: str, title: str) -> str:
 def _opening(title: str):
     label = escape(title, quote=True)
     return lambda match: f'<svg viewBox="{match[1]}" role="img" aria-label="{label}">'
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, on white, in the report's colours."""
+    css = (PACKAGE / "report.css").read_text(encoding="utf-8")
+    colours = {slot: re.search(rf"--{slot}: (#\w+)", css)[1] for slot in SLOTS if slot != INK}  # the first ones: of the light page
+    style = "".join(f"--{slot}:{colour};" for slot, colour in colours.items())
+    return svg.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff;color:#222;--sans:sans-serif;{style}" ', 1) + "\n"

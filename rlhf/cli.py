@@ -12,7 +12,8 @@ from rlhf.errors import EXIT_CRASHED, EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, I
 from rlhf.runs import nothing_open, open_now
 
 STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare", "pipeline")
-TOOLS = {"chat": "talk to any stage's model in the terminal", "data": "`rlhf data check mine.jsonl`: is your data good?"}
+TOOLS = {"chat": "talk to any stage's model in the terminal", "data": "`rlhf data check mine.jsonl`: is your data good?",
+         "bench": "how fast a PPO step is, where its time goes, and how that compares"}
 
 
 def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None = None) -> int:

@@ -69,6 +69,10 @@ class Encoder:
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def until_end(self, ids: list[int]) -> list[int]:
+        """A completion's ids up to and with its EOS; all of them where there is none."""
+        return ids[: ids.index(self.eos_id) + 1] if self.eos_id in ids else ids
+
     def ended(self, ids: list[int]) -> bool:
         """True when the completion ends with EOS, as opposed to being cut at the length limit."""
         return bool(ids) and ids[-1] == self.eos_id

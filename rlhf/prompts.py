@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rlhf import world
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
@@ -34,6 +36,17 @@ def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) ->
     if len(kept) < len(rows):
         say(f"prompts: {len(rows) - len(kept):,} of {len(rows):,} {split} prompts left out, longer than data.max_prompt_tokens={max_tokens}")
     return kept
+
+
+def prompts_of_step(prompts: list, step: int, batch_size: int, seed: int) -> list:
+    """The prompts of a rollout: consecutive in a permutation of all prompts drawn anew for every pass."""
+    picked = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        epoch, index = divmod(place, len(prompts))
+        if not picked or index == 0:
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        picked.append(prompts[order[index]])
+    return picked
 
 
 def gold_scores(prompts: list[Prompt], completions: list[str]) -> list[float] | None:

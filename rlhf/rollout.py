@@ -42,6 +42,11 @@ class Rollout:
             if isinstance(value, torch.Tensor) and tuple(value.shape) != tuple(sizes[d] for d in dims):
                 raise ValueError(f"{field.name} has shape {tuple(value.shape)}, wanted {dims} = {sizes}")
 
+    @property
+    def tokens(self) -> int:
+        """Real tokens of its prompts and completions."""
+        return sum(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
+
     def statistics(self, encoder) -> dict[str, float]:
         """The rollout's figures for metrics.jsonl; KL by both estimators (CANON P8)."""
         lengths = self.mask_BC.sum(1).float()

@@ -115,6 +115,17 @@ def open_stage(name: str, config: Config, parents: tuple[str, ...] = (), inputs:
     Raises InputError when a parent is missing, the folder holds another experiment, or another process works on the run.
     """
     run = Path(config.run.dir)
+    digests = parent_digests(name, run, parents)
+    if is_main():
+        lock_run(run)
+    stage = Stage(name, run / within / name, config, is_main())
+    stage.begin(digests, inputs or {})
+    _open[:] = [] if stage.done else [stage]
+    return stage
+
+
+def parent_digests(name: str, run: Path, parents: tuple[str, ...]) -> dict[str, str]:
+    """The digest of every parent's DONE file. Raises InputError, in the name of the command that wants them, when one is not finished."""
     digests = {}
     for parent in parents:
         done = run / parent / "DONE"
@@ -123,12 +134,7 @@ def open_stage(name: str, config: Config, parents: tuple[str, ...] = (), inputs:
             raise InputError(f"{name} needs the finished stage {parent}, and {done} is not there. Run `python -m stages.{stage}` with the same "
                              f"--config and run.dir first, or `python -m stages.pipeline` for all of them")
         digests[parent] = file_digest(done)
-    if is_main():
-        lock_run(run)
-    stage = Stage(name, run / within / name, config, is_main())
-    stage.begin(digests, inputs or {})
-    _open[:] = [] if stage.done else [stage]
-    return stage
+    return digests
 
 
 def open_now() -> Stage | None:

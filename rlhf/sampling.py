@@ -4,6 +4,7 @@ A row's randomness is drawn before it is sampled (one uniform number a token), s
 is batched with, nor on how many processes share the work. top_k and top_p do not exist here (CANON S1).
 """
 
+import contextlib
 import hashlib
 
 import torch
@@ -56,7 +57,7 @@ def draw_uniforms(rows: int, columns: int, *seeds: int) -> torch.Tensor:
     return torch.rand(rows, columns, generator=generator)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which autocast casts every weight anew for every token
 def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder: Encoder, temperature: float, batch_size: int) -> list[list[int]]:
     """A completion for each prompt: ids up to and with the EOS, or as many as `uniforms_BC` has columns (CANON S2).
 
@@ -66,10 +67,24 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        sampled = _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
+        with _cast_once(policy):
+            sampled = _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
         for i, ids in zip(rows, sampled, strict=True):
             completions[i] = ids
     return completions
+
+
+@contextlib.contextmanager
+def _cast_once(policy):
+    """Autocast keeps the bf16 copy of a weight only while the weight wants a gradient: inside, those under LoRA's adapters do too."""
+    frozen = [p for p in policy.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[list[int]]:

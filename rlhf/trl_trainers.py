@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and RewardTrainer, fed ids made by our encoder; the one file that imports trl.
+"""TRL's SFTTrainer and RewardTrainer, fed ids made by our encoder; the one file that imports the project's trl (rlhf/bench_peer.py imports another).
 
 What is ours in them: the loss (a sum divided once over the optimizer step and all processes), the order of the rows (a function of seed and
 lengths alone, so that microbatches, processes and resumes change nothing but rounding), whole checkpoints, and where figures go.

@@ -21,7 +21,7 @@ def new_value_model(kind: str, policy, encoder: Encoder, reward_folders: list[Pa
     if reward_folders and load_encoder(str(reward_folders[0])).fingerprint() == encoder.fingerprint():
         reward_model = load_reward_model(str(reward_folders[0]), encoder, attention)
         if hasattr(reward_model, "score"):
-            head = _scaled_head(reward_model)
+            head = scaled_head(reward_model)
             return ValueModel(_trunk(add_lora(reward_model, *lora, "SEQ_CLS")), head)
     return ValueModel(_trunk(add_lora(load_policy(str(sft), encoder, attention), *lora, "CAUSAL_LM")), _zero_head(width))
 
@@ -45,7 +45,7 @@ def _zero_head(width: int) -> nn.Linear:
     return head
 
 
-def _scaled_head(reward_model) -> nn.Linear:
+def scaled_head(reward_model) -> nn.Linear:
     """The reward model's head with normalisation folded in: it starts out predicting the scores that PPO gets."""
     gain, bias = getattr(reward_model.config, "reward_gain", 1.0), getattr(reward_model.config, "reward_bias", 0.0)
     head = nn.Linear(reward_model.score.in_features, 1)

@@ -13,30 +13,22 @@ Simplified on purpose: every process holds the whole rollout (ids and a few floa
 import sys
 from pathlib import Path
 
-import torch
-
 from rlhf.alarms import ringing
 from rlhf.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.cli import run_stage
 from rlhf.comparison import distinct_n
-from rlhf.compute import describe, my_share, peak_memory_mb, start
+from rlhf.compute import describe, peak_memory_mb, start
 from rlhf.config import Config
 from rlhf.errors import TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder, write_jsonl
 from rlhf.kl import adapted_kl_coef
-from rlhf.memory import Microbatch
-from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, save_model
+from rlhf.learner import Learner
+from rlhf.models import load_encoder, save_model
 from rlhf.optimizers import linear_lr, set_lr
-from rlhf.passes import PolicyAndValue
-from rlhf.ppo import MovingAverage, UpdateSettings, update
+from rlhf.ppo import MovingAverage
 from rlhf.progress import Progress, say
-from rlhf.prompts import gold_scores, load_prompts
-from rlhf.rollout import Clock, evaluate_tokens, make_rollout, reference
+from rlhf.prompts import gold_scores, load_prompts, prompts_of_step
 from rlhf.runs import open_stage
-from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import CallableScorer, load_scorer, member_folders, with_missing_eos, with_mix
-from rlhf.value import new_value_model, ppo_optimizer
-from rlhf.workers import ALONE, workers_for
 
 SKIPS_IN_A_ROW = 5  # rollouts without a single finite step after which the run stops
 
@@ -49,77 +41,52 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         say(f"ppo: already done in {stage.folder}")
         return
     accelerator = start(config)
-    device, attention = accelerator.device, attention_kernel(config.model.attention, accelerator.device)
     encoder = load_encoder(str(run / "sft" / "model"))
     prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)
     held_out = load_prompts(config.run.dir, "eval", encoder, config.data.max_prompt_tokens)[: settings.eval_prompts]
 
-    policy = load_policy(str(run / "sft" / "model"), encoder, attention)
-    ref_policy = None if config.model.lora_rank else load_policy(str(run / "sft" / "model"), encoder, attention).to(device).requires_grad_(False)
-    policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
-    scorer, reward_folders = _scorer(config, run / within, attention, device)
-    value_model = new_value_model(settings.value_model, policy, encoder, reward_folders, run / "sft" / "model", attention, config.model)
-    model = PolicyAndValue(policy, value_model)
-    model, optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr))
-    average = MovingAverage(policy, settings.ema_decay) if settings.ema_decay else None  # after prepare: on the weights' device
+    learner = Learner(config, accelerator, encoder, within)
+    model, optimizer = learner.model, learner.optimizer
+    average = MovingAverage(learner.policy, settings.ema_decay) if settings.ema_decay else None  # after prepare: on the weights' device
     if average is not None:
         accelerator.register_for_checkpointing(average)
-    workers = ALONE if config.model.lora_rank else workers_for(accelerator, model)  # adapters are switched off for all threads at once
-    ref_logprobs = reference(ref_policy, policy, settings.temperature, accelerator.autocast)
     ptx = _ptx_rows(config, encoder) if settings.ptx_coef else []
     _announce(config, accelerator, prompts)
 
     state = {"kl_coef": settings.kl_coef, "bad_rollouts": 0, **load_checkpoint(accelerator, stage)}
     stage.forget_after(state["step"])
-    first, told, microbatch = _first_figures(stage), set(), Microbatch(settings.microbatch_tokens)
+    first, told = _first_figures(stage), set()
 
     def roll(rows, *seeds):
-        """Samples, scores and evaluates `rows` (all processes together); returns the Rollout and its figures."""
-        mine = my_share(accelerator, rows)
-        uniforms_BC = draw_uniforms(len(rows), config.data.max_completion_tokens, config.seed, *seeds)
-        with clock("sample"), accelerator.autocast():
-            completions = sample(policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, len(mine))
-        with clock("score"), accelerator.autocast():
-            scores_B = scorer([p.messages for p in mine], completions, encoder)
-        scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)
-        _check_finite(scores_B, mine)
-        with clock("forward"), accelerator.autocast():
-            pairs = [(p.ids, c) for p, c in zip(mine, completions, strict=True)]
-            longest = max(len(p) + len(c) for p, c in pairs)
-            tokens = microbatch.attempt(lambda budget: evaluate_tokens(
-                model, ref_logprobs, pairs, encoder.pad_id, settings.temperature, budget, device, workers), longest, accelerator.num_processes)
-        rollout = make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, state["kl_coef"], settings.gamma, settings.lam,
-                               settings.whiten_rewards)
+        """The rollout of `rows` (all processes together), its completions as text, their gold scores, and its figures."""
+        rollout = learner.roll(rows, state["kl_coef"], *seeds)
         texts = [encoder.decode(c) for c in rollout.completions]
         gold = gold_scores(rows, texts)
         figures = rollout.statistics(encoder) | {"distinct_2": distinct_n(texts)} | ({} if gold is None else {"gold_mean": sum(gold) / len(gold)})
         return rollout, texts, gold, figures
 
-    clock = Clock()
     with Progress("ppo", settings.rollouts, state["step"]) as bar:
         for step in range(state["step"], settings.rollouts):
             model.train()
             evaluation = _evaluation(roll(held_out, 0, 0)[3]) if step % settings.eval_every == 0 else {}
-            clock.take()
-            rows = _prompts_of_step(prompts, step, settings.batch_size, config.seed)
+            learner.clock.take()
+            rows = prompts_of_step(prompts, step, settings.batch_size, config.seed)
             rollout, texts, gold, figures = roll(rows, 1, step)
             lr = set_lr(optimizer, linear_lr(step, settings.rollouts))
-            with clock("update"):
-                figures |= update(accelerator, model, optimizer, rollout, _update_settings(settings, step), encoder.pad_id,
-                                  seed=config.seed * 1_000_003 + step, ptx_rows=_ptx_of_step(ptx, step, settings.batch_size),
-                                  after_step=average.step if average is not None else None, workers=workers, microbatch=microbatch,
-                                  on_skip=lambda places, rows=rows, step=step: _tell_skip([rows[i].id for i in places], step + 1))
+            figures |= learner.learn(rollout, step, ptx_rows=_ptx_of_step(ptx, step, settings.batch_size),
+                                     after_step=average.step if average is not None else None,
+                                     on_skip=lambda places, rows=rows, step=step: _tell_skip([rows[i].id for i in places], step + 1))
             first = first or figures
             alarms = ringing(figures, first)
-            figures |= {"kl_coef": state["kl_coef"], "lr": lr * settings.lr, "alarms": len(alarms), **clock.take(), **evaluation}
+            figures |= {"kl_coef": state["kl_coef"], "lr": lr * settings.lr, "alarms": len(alarms), **learner.clock.take(), **evaluation}
             seconds = sum(v for k, v in figures.items() if k.startswith("seconds_"))
-            real = sum(len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True))
-            stage.log(step + 1, **figures, seconds=seconds, tokens_per_second=real / seconds, peak_memory_mb=peak_memory_mb())
+            speed = rollout.tokens / seconds
+            stage.log(step + 1, **figures, seconds=seconds, tokens_per_second=speed, peak_memory_mb=peak_memory_mb())
             if stage.main:
                 write_jsonl(stage.folder / "rollouts" / f"{step + 1:05d}.jsonl", _as_text(rows, texts, rollout, gold))
             _tell(alarms, told, step + 1, settings.stop_on_alarm, stage)
             state = _next_state(state, figures, settings, stage)
-            bar.update(step + 1, score=figures["score_mean"], kl=figures["kl"], length=figures["length_mean"], tokens_per_second=int(real / seconds))
+            bar.update(step + 1, score=figures["score_mean"], kl=figures["kl"], length=figures["length_mean"], tokens_per_second=int(speed))
             if (step + 1) % settings.save_every == 0 and step + 1 < settings.rollouts:
                 save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints,
                                 kl_coef=state["kl_coef"], bad_rollouts=state["bad_rollouts"])
@@ -135,41 +102,12 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     stage.finish(**final)
 
 
-def _scorer(config: Config, within: Path, attention: str, device):
-    """What scores completions, and the reward model folders that the value model may start from (none for a callable)."""
-    settings = config.ppo
-    if settings.score:
-        folders, main = [], CallableScorer(settings.score)
-    else:
-        folders = member_folders(within / "reward", config.reward.members)
-        main = load_scorer(folders, settings.ensemble, settings.uncertainty_coef, attention, device)
-    return with_mix(main, settings.mix, attention, device), folders
-
-
 def _announce(config: Config, accelerator, prompts) -> None:
     settings = config.ppo
     say(f"ppo: {describe(accelerator)}; {len(prompts):,} prompts")
     say(f"ppo: {settings.rollouts} rollouts x {settings.batch_size} completions, each {settings.epochs} epochs x {settings.minibatches} minibatches "
         f"of {settings.batch_size // settings.minibatches} = {settings.rollouts * settings.epochs * settings.minibatches} optimizer steps; "
         f"KL coefficient {settings.kl_coef}")
-
-
-def _prompts_of_step(prompts: list, step: int, batch_size: int, seed: int) -> list:
-    """The prompts of a rollout: consecutive in a permutation of all prompts drawn anew for every pass."""
-    picked = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        epoch, index = divmod(place, len(prompts))
-        if not picked or index == 0:
-            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        picked.append(prompts[order[index]])
-    return picked
-
-
-def _update_settings(settings, step: int) -> UpdateSettings:
-    return UpdateSettings(
-        epochs=settings.epochs, minibatches=settings.minibatches, microbatch_tokens=settings.microbatch_tokens, clip=settings.clip,
-        value_clip=settings.value_clip, value_coef=settings.value_coef, policy_coef=0.0 if step < settings.warmup_rollouts else 1.0,
-        ptx_coef=settings.ptx_coef, max_grad_norm=settings.max_grad_norm, target_kl=settings.target_kl, temperature=settings.temperature)
 
 
 def _ptx_rows(config: Config, encoder) -> list[tuple[list[int], list[int]]]:
@@ -181,14 +119,6 @@ def _ptx_rows(config: Config, encoder) -> list[tuple[list[int], list[int]]]:
 
 def _ptx_of_step(rows: list, step: int, count: int) -> list:
     return [rows[i % len(rows)] for i in range(step * count, (step + 1) * count)] if rows else []
-
-
-def _check_finite(scores_B: torch.Tensor, prompts) -> None:
-    """CANON A4: a score that is no number never becomes a reward. Raises TrainingStopped."""
-    bad = [p.id for p, ok in zip(prompts, torch.isfinite(scores_B).tolist(), strict=True) if not ok]
-    if bad:
-        raise TrainingStopped(f"ppo: {len(bad)} scores are not finite, for prompt ids {', '.join(bad[:5])}; nothing was learned from them. "
-                              "Look at the reward model or callable; the same command goes on from the last checkpoint")
 
 
 def _next_state(state: dict, figures: dict, settings, stage) -> dict:

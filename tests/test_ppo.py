@@ -16,11 +16,13 @@ import torch
 import rlhf.ppo
 from rlhf.checkpoints import finished_checkpoints, load_checkpoint, save_checkpoint
 from rlhf.errors import TrainingStopped
+from rlhf.learner import check_finite
 from rlhf.models import load_encoder, load_policy, load_reward_model, save_model
 from rlhf.optimizers import linear_lr, new_optimizer, set_lr
 from rlhf.passes import make_rows
 from rlhf.paths import PACKAGE
 from rlhf.ppo import MovingAverage, update
+from rlhf.prompts import prompts_of_step
 from rlhf.value import new_value_model, ppo_optimizer
 from rlhf.workers import Workers
 from stages import ppo as stage
@@ -347,9 +349,9 @@ def test_A4_a_step_whose_gradient_is_not_finite_is_left_out_and_counted(poison):
 
 def test_A4_a_score_that_is_no_number_stops_the_run_and_names_the_prompt():
     prompts = [types.SimpleNamespace(id=i) for i in ("aaa", "bbb", "ccc")]
-    stage._check_finite(torch.tensor([1.0, 2.0, 3.0]), prompts)
+    check_finite(torch.tensor([1.0, 2.0, 3.0]), prompts)
     with pytest.raises(TrainingStopped, match="bbb") as caught:
-        stage._check_finite(torch.tensor([1.0, math.nan, 3.0]), prompts)
+        check_finite(torch.tensor([1.0, math.nan, 3.0]), prompts)
     assert "aaa" not in str(caught.value)
 
 
@@ -496,10 +498,10 @@ def test_P6_a_shared_head_and_one_without_a_reward_model_start_at_0(folders, kin
 
 def test_rollouts_take_every_prompt_once_per_pass_in_a_fresh_order():
     prompts = list(range(10))
-    picked = [stage._prompts_of_step(prompts, step, 4, seed=3) for step in range(5)]
+    picked = [prompts_of_step(prompts, step, 4, seed=3) for step in range(5)]
     flat = sum(picked, [])
     assert sorted(flat[:10]) == sorted(flat[10:]) == prompts and flat[:10] != flat[10:]
-    assert picked[2] == stage._prompts_of_step(prompts, 2, 4, seed=3) != stage._prompts_of_step(prompts, 2, 4, seed=4)
+    assert picked[2] == prompts_of_step(prompts, 2, 4, seed=3) != prompts_of_step(prompts, 2, 4, seed=4)
 
 
 # Resume

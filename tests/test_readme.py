@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import chat, errors
+from rlhf import bench, chat, errors
 from rlhf.cli import STAGES, TOOLS
 from rlhf.config import Config, load_config
 from rlhf.data import KINDS, check
@@ -67,6 +67,8 @@ def check_command(words: list[str]) -> None:
     assert name in (*STAGES, *TOOLS, "NAME"), words
     if name == "chat":
         chat.parser().parse_args(rest)
+    elif name == "bench":
+        bench.parser().parse_intermixed_args(rest)
     elif name == "data":
         check.parser().parse_args(rest if rest != ["check"] else [*rest, "mine.jsonl"])  # prose may name it without a file
     elif "--help" not in rest:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.models import add_lora
 from rlhf.sampling import _draw, draw_uniforms, sample
@@ -108,6 +109,30 @@ def test_S2_rows_that_ended_leave_the_batch():
 
 
 # Randomness
+
+class CountsCasts(TorchDispatchMode):
+    """How often each of the given weights is copied into another precision."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.counts = {w.data_ptr(): 0 for w in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "lora", "llama"])
+def test_weights_are_cast_once_for_all_tokens_frozen_ones_too(name):
+    """Per token it took longer than the products themselves; afterwards what was frozen is frozen again."""
+    policy = POLICIES[name]().eval()
+    wanted = {n: p.requires_grad for n, p in policy.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16), CountsCasts([p for p in policy.parameters() if p.ndim == 2]) as casts:
+        completions = sample(policy, PROMPTS, draw_uniforms(len(PROMPTS), 5, 3), ENCODER, 1.0, len(PROMPTS))
+    assert max(map(len, completions)) == 5 and max(casts.counts.values()) == 1
+    assert {n: p.requires_grad for n, p in policy.named_parameters()} == wanted
+
 
 def test_uniform_numbers_follow_from_the_seeds_alone():
     one = draw_uniforms(5, 7, 1, 2)

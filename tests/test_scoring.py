@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig,
 from rlhf.config import config_from_tree
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
+from rlhf.learner import scorer_of
 from rlhf.models import load_encoder, load_reward_model, save_model, train_tokenizer
 from rlhf.scoring import CallableScorer, EnsembleScorer, MixScorer, RewardModelScorer, combine, load_scorer, raw_scores, with_missing_eos, with_mix
-from stages import ppo
 from tests.helpers import CONTEXT, rough, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -217,11 +217,11 @@ def test_S4_a_callable_of_the_mix_that_returns_something_else_is_named_by_its_se
 def test_S4_the_ppo_stage_scores_by_its_settings(tmp_path):
     """Main callable alone, then with the mix; a run without a reward model has no folder for the value model to start from."""
     tree = {"ppo": {"score": "my_scores:words", "mix": {"my_scores:minus_length": 0.5}}}
-    scorer, folders = ppo._scorer(config_from_tree(tree, "test"), tmp_path, "eager", "cpu")
+    scorer, folders = scorer_of(config_from_tree(tree, "test"), tmp_path, "eager", "cpu")
     # words: characters of the prompt + 100 a word; then half a character less a character
     assert scorer(MESSAGES, COMPLETIONS, ENCODER).tolist() == [2 + 100 - 2, 12 + 400 - 12, 26] and folders == []
     save_model(reward_model(seed=2), ENCODER, tmp_path / "reward" / "model")
-    scorer, folders = ppo._scorer(config_from_tree({"ppo": {"mix": {"my_scores:minus_length": 0.5}}}, "test"), tmp_path, "eager", "cpu")
+    scorer, folders = scorer_of(config_from_tree({"ppo": {"mix": {"my_scores:minus_length": 0.5}}}, "test"), tmp_path, "eager", "cpu")
     plain = load_scorer(folders, "mean", 1.0, "eager", "cpu")(MESSAGES, COMPLETIONS, ENCODER)
     assert folders == [tmp_path / "reward" / "model"]
     assert scorer(MESSAGES, COMPLETIONS, ENCODER).tolist() == pytest.approx((plain - torch.tensor([2.0, 12.0, 0.0])).tolist(), abs=1e-5)

@@ -1,0 +1,99 @@
+"""What stage 3 steps with, and the two halves of a step: a rollout, and learning from it. stages/ppo.py trains with it, rlhf/bench.py times it.
+
+`roll` and `learn` are called by all processes together; the seconds of their phases stand in `clock`.
+"""
+
+from pathlib import Path
+
+import torch
+
+from rlhf.compute import my_share
+from rlhf.config import Config
+from rlhf.encoding import Encoder
+from rlhf.errors import TrainingStopped
+from rlhf.memory import Microbatch
+from rlhf.models import add_lora, attention_kernel, load_policy
+from rlhf.passes import PolicyAndValue
+from rlhf.ppo import UpdateSettings, update
+from rlhf.prompts import Prompt
+from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference
+from rlhf.sampling import draw_uniforms, sample
+from rlhf.scoring import CallableScorer, Scorer, load_scorer, member_folders, with_missing_eos, with_mix
+from rlhf.value import new_value_model, ppo_optimizer
+from rlhf.workers import ALONE, workers_for
+
+
+class Learner:
+    """Policy, value model, reference, scorer and optimizer of a run whose earlier stages are finished (its reward model in RUN/`within`)."""
+
+    def __init__(self, config: Config, accelerator, encoder: Encoder, within: str = ""):
+        settings, run = config.ppo, Path(config.run.dir)
+        device, attention = accelerator.device, attention_kernel(config.model.attention, accelerator.device)
+        self.config, self.accelerator, self.encoder = config, accelerator, encoder
+        policy = load_policy(str(run / "sft" / "model"), encoder, attention)
+        ref_policy = None
+        if not config.model.lora_rank:
+            ref_policy = load_policy(str(run / "sft" / "model"), encoder, attention).to(device).requires_grad_(False)
+        self.policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
+        self.scorer, reward_folders = scorer_of(config, run / within, attention, device)
+        value_model = new_value_model(settings.value_model, self.policy, encoder, reward_folders, run / "sft" / "model", attention, config.model)
+        model = PolicyAndValue(self.policy, value_model)
+        self.model, self.optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr))
+        # Adapters are switched off for all threads at once
+        self.workers = ALONE if config.model.lora_rank else workers_for(accelerator, self.model)
+        self.ref_logprobs = reference(ref_policy, self.policy, settings.temperature, accelerator.autocast)
+        self.microbatch, self.clock = Microbatch(settings.microbatch_tokens), Clock()
+
+    def roll(self, rows: list[Prompt], kl_coef: float, *seeds) -> Rollout:
+        """Samples, scores and evaluates `rows`. Raises TrainingStopped for a score that is no number."""
+        settings, accelerator, encoder = self.config.ppo, self.accelerator, self.encoder
+        mine = my_share(accelerator, rows)
+        uniforms_BC = draw_uniforms(len(rows), self.config.data.max_completion_tokens, self.config.seed, *seeds)
+        with self.clock("sample"), accelerator.autocast():
+            completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, len(mine))
+        with self.clock("score"), accelerator.autocast():
+            scores_B = self.scorer([p.messages for p in mine], completions, encoder)
+        scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)
+        check_finite(scores_B, mine)
+        with self.clock("forward"), accelerator.autocast():
+            pairs = [(p.ids, c) for p, c in zip(mine, completions, strict=True)]
+            longest = max(len(p) + len(c) for p, c in pairs)
+            tokens = self.microbatch.attempt(lambda budget: evaluate_tokens(
+                self.model, self.ref_logprobs, pairs, encoder.pad_id, settings.temperature, budget, accelerator.device, self.workers),
+                longest, accelerator.num_processes)
+        return make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, kl_coef, settings.gamma, settings.lam,
+                            settings.whiten_rewards)
+
+    def learn(self, rollout: Rollout, step: int, ptx_rows=(), after_step=None, on_skip=None) -> dict:
+        """Figures of the update that follows rollout number `step` (from 0); the rest as rlhf/ppo.py: update."""
+        with self.clock("update"):
+            return update(self.accelerator, self.model, self.optimizer, rollout, update_settings(self.config.ppo, step), self.encoder.pad_id,
+                          seed=self.config.seed * 1_000_003 + step, ptx_rows=ptx_rows, after_step=after_step, workers=self.workers,
+                          microbatch=self.microbatch, on_skip=on_skip)
+
+
+def scorer_of(config: Config, within: Path, attention: str, device) -> tuple[Scorer, list[Path]]:
+    """What scores completions, and the reward model folders that the value model may start from (none for a callable)."""
+    settings = config.ppo
+    if settings.score:
+        folders, main = [], CallableScorer(settings.score)
+    else:
+        folders = member_folders(within / "reward", config.reward.members)
+        main = load_scorer(folders, settings.ensemble, settings.uncertainty_coef, attention, device)
+    return with_mix(main, settings.mix, attention, device), folders
+
+
+def update_settings(settings, step: int) -> UpdateSettings:
+    """Of the section ppo, for rollout number `step` (from 0)."""
+    return UpdateSettings(
+        epochs=settings.epochs, minibatches=settings.minibatches, microbatch_tokens=settings.microbatch_tokens, clip=settings.clip,
+        value_clip=settings.value_clip, value_coef=settings.value_coef, policy_coef=0.0 if step < settings.warmup_rollouts else 1.0,
+        ptx_coef=settings.ptx_coef, max_grad_norm=settings.max_grad_norm, target_kl=settings.target_kl, temperature=settings.temperature)
+
+
+def check_finite(scores_B: torch.Tensor, prompts) -> None:
+    """CANON A4: a score that is no number never becomes a reward. Raises TrainingStopped."""
+    bad = [p.id for p, ok in zip(prompts, torch.isfinite(scores_B).tolist(), strict=True) if not ok]
+    if bad:
+        raise TrainingStopped(f"ppo: {len(bad)} scores are not finite, for prompt ids {', '.join(bad[:5])}; nothing was learned from them. "
+                              "Look at the reward model or callable; the same command goes on from the last checkpoint")

@@ -1,0 +1,204 @@
+"""`rlhf bench`: it times the stage's own step, its figures follow from each other, and what it cannot do ends with one message.
+
+With RLHF_TRL_PEER naming a folder that holds trl 1.12 the real peer takes part; without it that test is skipped.
+"""
+
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf import bench, bench_sweep
+from rlhf.bench_sweep import AXES, as_markdown, linear
+from rlhf.charts import Series, line_chart, standalone
+from rlhf.compute import start
+from rlhf.config import config_to_tree, load_config
+from rlhf.jsonl import read_jsonl, write_json, write_jsonl
+from rlhf.learner import Learner
+from rlhf.models import load_encoder, load_policy, load_reward_model, parameter_count, save_model
+from rlhf.prompts import load_prompts, prompts_of_step
+from rlhf.runs import replace_section
+from stages import ppo
+
+SMALL = ["ppo.batch_size=8", "ppo.minibatches=2", "data.max_completion_tokens=6", "run.threads=1", "run.precision=fp32",
+         "model.context=256"]
+PROMPTS = [f"What is {n} plus two{' please' * (n % 3)}?" for n in range(20)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_encoder, _tiny_gpt) -> Path:
+    """A run folder with finished prepare, sft and reward stages, as small as they come."""
+    folder = tmp_path_factory.mktemp("runs") / "made"
+    save_model(_tiny_gpt, tiny_encoder, folder / "sft" / "model")
+    torch.manual_seed(3)
+    save_model(load_reward_model(str(folder / "sft" / "model"), tiny_encoder, "eager"), tiny_encoder, folder / "reward" / "model")
+    for split in ("train", "eval"):
+        write_jsonl(folder / "data" / "prompts" / f"{split}.jsonl",
+                    ({"prompt": [{"role": "user", "content": text}], "id": f"{split}{i}"} for i, text in enumerate(PROMPTS)))
+    for stage in ("prepare", "sft", "reward"):
+        write_json(folder / stage / "DONE", {})
+        write_json(folder / stage / "config.yaml", config_to_tree(load_config("configs/tiny.yaml", SMALL)))
+    return folder
+
+
+def files(folder: Path) -> dict:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def ends(capsys, code: int, *words: str) -> tuple[str, str]:
+    """What `rlhf bench WORDS` says on both streams; it must end with `code` and without a traceback."""
+    assert bench.main([*words]) == code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert code == 0 or (out == "" and err.startswith("error: ") and err.count("error: ") == 1)
+    return out, err
+
+
+# What is measured
+
+def test_json_alone_is_on_standard_output_and_its_figures_follow_from_each_other(run, capsys):
+    before = files(run)
+    out, _ = ends(capsys, 0, "--run", str(run), "--steps", "1", "--json", "ppo.epochs=3")
+    found = json.loads(out)
+    seconds = found["seconds"]
+    assert set(seconds) == {*bench.PHASES, "other", "step"} and all(s > 0 for s in seconds.values())
+    assert sum(seconds.values()) - seconds["step"] == pytest.approx(seconds["step"]), "one step: its phases and the rest are the whole"
+    assert seconds["other"] < 0.2 * seconds["step"]
+    assert found["tokens_per_second"] == pytest.approx(found["tokens"] / seconds["step"])
+    # 6 operations a parameter and token, three epochs over the rollout
+    assert found["update_rate"] == pytest.approx(6 * found["parameters"] * found["tokens"] * 3 / seconds["update"])
+    assert found["update_product_share"] == pytest.approx(found["update_rate"] / found["product_rate"])
+    assert found["sampling"]["ratio"] == pytest.approx(found["sampling"]["tokens_per_second"] / found["sampling"]["generate_tokens_per_second"])
+    assert found["peak_memory_mb"] > 100 and len(found["steps"]) == 1 and "ppo_step_ratio" not in found
+    assert files(run) == before, "a bench leaves a run as it was"
+
+
+def test_the_table_names_every_phase(run, capsys):
+    out, _ = ends(capsys, 0, "--run", str(run), "--steps", "1", "model.lora_rank=2")
+    for words in ("sample ", "score ", "old, reference, values ", "update ", "whole step ", "LoRA rank 2", "generate", "peak memory", "products"):
+        assert words in out
+
+
+def test_the_timed_step_is_the_stages_step(run, tmp_path):
+    """The first rollout of the ppo stage and the first step here: the same completions, scores and update."""
+    config = load_config("configs/tiny.yaml", [*SMALL, "ppo.rollouts=3", "ppo.warmup_rollouts=0", f"run.dir={tmp_path / 'run'}"])
+    (tmp_path / "run").mkdir()
+    for part in ("data", "sft", "reward", "prepare"):
+        (tmp_path / "run" / part).symlink_to(run / part)
+    ppo.main(config)
+    first = next(read_jsonl(tmp_path / "run" / "ppo" / "metrics.jsonl"))
+    config = replace_section(config, "run", dir=str(run))
+    encoder = load_encoder(str(run / "sft" / "model"))
+    learner = Learner(config, start(config), encoder)
+    rows = prompts_of_step(load_prompts(str(run), "train", encoder, 96), 0, 8, config.seed)
+    found = bench.timed_step(learner, rows, 0)
+    assert (found["score_mean"], found["length_mean"]) == (pytest.approx(first["score_mean"]), pytest.approx(first["length_mean"]))
+    assert found["seconds"] >= sum(found[f"seconds_{phase}"] for phase in bench.PHASES)
+    assert found["tokens"] == sum(len(p.ids) for p in rows) + round(8 * found["length_mean"])
+
+
+# What a person can get wrong
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    _, err = ends(capsys, 2, "--run", str(tmp_path / "none"))
+    assert f"rlhf pipeline run.dir={tmp_path / 'none'}" in err
+
+
+def test_an_unfinished_stage_is_named_with_its_command(run, tmp_path, capsys):
+    for part in ("data", "sft", "prepare"):
+        (tmp_path / part).symlink_to(run / part)
+    _, err = ends(capsys, 2, "--run", str(tmp_path))
+    assert "bench needs the finished stage reward" in err and "python -m stages.reward" in err
+
+
+def test_a_mistyped_setting_names_the_nearest(run, capsys):
+    _, err = ends(capsys, 2, "--run", str(run), "ppo.batchsize=3")
+    assert "batch_size" in err
+
+
+def fake_trl(folder: Path, version: str, code: str | None = None) -> Path:
+    """A folder as pip would leave it, with nothing of TRL but its name, its version and a module that runs `code`."""
+    (folder / f"trl-{version}.dist-info").mkdir(parents=True)
+    (folder / f"trl-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: trl\nVersion: {version}\n")
+    if code is not None:
+        for package in ("trl", "trl/experimental", "trl/experimental/ppo"):
+            (folder / package).mkdir()
+            (folder / package / "__init__.py").write_text(code if package.endswith("ppo") else "")
+    return folder
+
+
+def test_a_peer_folder_without_the_right_trl_is_refused_with_the_command_that_fills_it(run, tmp_path, capsys):
+    for folder, found in ((tmp_path / "empty", "no trl"), (fake_trl(tmp_path / "new", "1.16.0", ""), "trl 1.16.0"),
+                          (fake_trl(tmp_path / "without", "1.12.0"), "trl 1.12.0")):
+        _, err = ends(capsys, 2, "--run", str(run), "--peer", str(folder))
+        assert f"found {found} there" in err and f"pip install --no-deps --target {folder} trl==1.12.0" in err
+
+
+def test_a_run_that_the_peer_cannot_train_is_refused(run, tmp_path, capsys):
+    _, err = ends(capsys, 2, "--run", str(run), "--peer", str(fake_trl(tmp_path / "trl", "1.12.0", "")), "ppo.score=my:f")
+    assert "one reward model" in err
+
+
+def test_a_peer_that_ends_says_why(run, tmp_path, capsys):
+    folder = fake_trl(tmp_path / "trl", "1.12.0", "raise ImportError('transformers has no such thing')")
+    _, err = ends(capsys, 2, "--run", str(run), "--peer", str(folder), "--steps", "1")
+    assert "ended with exit code 1: ImportError: transformers has no such thing" in err
+
+
+@pytest.mark.skipif("RLHF_TRL_PEER" not in os.environ, reason="RLHF_TRL_PEER names no folder with trl 1.12")
+def test_the_real_peer_takes_the_same_steps(run, capsys):
+    out, _ = ends(capsys, 0, "--run", str(run), "--peer", os.environ["RLHF_TRL_PEER"], "--steps", "2", "--json")
+    found = json.loads(out)
+    assert found["ppo_step_ratio"] == pytest.approx(found["peer"]["seconds"] / found["seconds"]["step"])
+    assert len(found["peer"]["steps"]) == len(found["peer"]["score_means"]) == 2 and found["peer"]["peak_memory_mb"] > 100
+
+
+# Sampling compared: which tokens count
+
+def test_tokens_count_up_to_and_with_the_first_end(tiny_encoder):
+    end = tiny_encoder.eos_id
+    assert tiny_encoder.until_end([7, 8, end, end, 9]) == [7, 8, end]
+    assert tiny_encoder.until_end([end, 7]) == [end]
+    assert tiny_encoder.until_end([7, 8]) == [7, 8]
+
+
+# The sweep
+
+def test_a_line_by_hand():
+    assert linear([(0, 1), (1, 3), (2, 5)]) == (pytest.approx(1), pytest.approx(2), pytest.approx(0))
+    # least squares through (0, 0), (1, 3), (2, 0): the level 1; 3 is farthest from it, 200 %
+    assert linear([(0, 0), (1, 3), (2, 0)]) == (pytest.approx(1), pytest.approx(0), pytest.approx(2))
+
+
+def test_a_sweep_times_every_point_with_its_own_settings_and_leaves_charts_and_a_table(run, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def timed(folder, settings, steps):
+        config = bench.run_config(folder, settings)  # every point is one that `rlhf bench` takes
+        asked.append((config.ppo.batch_size, config.data.max_completion_tokens, steps))
+        size = parameter_count(load_policy(str(folder / "sft" / "model"), load_encoder(str(folder / "sft" / "model")), "eager"))
+        tokens = config.ppo.batch_size * 10
+        return {"parameters": size, "tokens": tokens, "seconds": dict.fromkeys((*bench.PHASES, "step"), tokens / 1000), "tokens_per_second": 1000.0,
+                "length_mean": 3.0, "update_product_share": 0.1, "peak_memory_mb": 1234, "sampling": {"ratio": 2.5}}
+
+    monkeypatch.setattr(bench_sweep, "_timed", timed)
+    monkeypatch.setattr(bench_sweep, "MODELS", ("nano",))
+    ends(capsys, 0, "--run", str(run), "--sweep", str(tmp_path / "speed"), "--steps", "2")
+    assert asked == [(b, 6, 2) for b in bench_sweep.BATCHES] + [(8, n, 2) for n in bench_sweep.LENGTHS] + [(8, 6, 2)]
+    points = json.loads((tmp_path / "speed" / "speed.json").read_text())
+    assert [p["axis"] for p in points] == ["batch"] * 5 + ["length"] * 4 + ["size"]
+    table = (tmp_path / "speed" / "speed.md").read_text()
+    assert "| ppo.batch_size | 256 | 2,560 |" in table and "0.00 s + 1.000 s per 1,000 real tokens" in table and "0% off" in table
+    for axis in AXES:
+        ElementTree.parse(tmp_path / "speed" / f"{axis}.svg")
+    assert as_markdown(points) == table
+
+
+def test_a_chart_of_its_own_is_an_svg_file_whose_colours_are_all_there():
+    text = standalone(line_chart("x", "A title", [Series("a", [1, 2], [3, 4], slot) for slot in ("sft", "ppo", "extra-1")]))
+    assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+    for slot in ("sft", "ppo", "extra-1", "sans"):
+        assert f"var(--{slot})" in text and f"--{slot}:" in text

@@ -3,13 +3,15 @@
     python -m stages.ppo --config configs/quickstart.yaml [ppo.kl_coef=0.2 ...]
     accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.ppo
 
-Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text.
+Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text; and, where
+an evaluation on held-out prompts liked earlier weights better, those in RUN/ppo/best (ppo.hand_over=best: as RUN/ppo/model).
 One step: sample completions; score them; old log-probabilities, reference log-probabilities and values in one pass over the rows; rewards
 = -kl_coef·KL per token + score at the end; advantages by GAE, whitened; a few epochs of clipped updates. What is random follows from
 (seed, step), so a resumed run goes on as if it had never stopped.
 Simplified on purpose: every process holds the whole rollout (ids and a few floats a token), which makes one process and many the same.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from rlhf.value import new_value_model, ppo_optimizer
 from rlhf.workers import ALONE, workers_for
 
 SKIPS_IN_A_ROW = 5  # rollouts without a single finite step after which the run stops
+CARRIED = ("kl_coef", "bad_rollouts", "best_objective", "best_rollout")  # from one rollout to the next, through checkpoints too
 
 
 def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
@@ -62,14 +65,15 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     model = PolicyAndValue(policy, value_model)
     model, optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr))
     average = MovingAverage(policy, settings.ema_decay) if settings.ema_decay else None  # after prepare: on the weights' device
-    if average is not None:
-        accelerator.register_for_checkpointing(average)
+    best = MovingAverage(policy, 0.0)  # takes the weights as they are when an evaluation is the best so far
+    kept = {"best": best} | ({} if average is None else {"average": average})
     workers = ALONE if config.model.lora_rank else workers_for(accelerator, model)  # adapters are switched off for all threads at once
     ref_logprobs = reference(ref_policy, policy, settings.temperature, accelerator.autocast)
     ptx = _ptx_rows(config, encoder) if settings.ptx_coef else []
     _announce(config, accelerator, prompts)
 
-    state = {"kl_coef": settings.kl_coef, "bad_rollouts": 0, **load_checkpoint(accelerator, stage)}
+    state = {"kl_coef": settings.kl_coef, "bad_rollouts": 0, "best_objective": -math.inf, "best_rollout": 0}
+    state |= load_checkpoint(accelerator, stage, kept)
     stage.forget_after(state["step"])
     first, told, microbatch = _first_figures(stage), set(), Microbatch(settings.microbatch_tokens)
 
@@ -82,7 +86,6 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         with clock("score"), accelerator.autocast():
             scores_B = scorer([p.messages for p in mine], completions, encoder)
         scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)
-        _check_finite(scores_B, mine)
         with clock("forward"), accelerator.autocast():
             pairs = [(p.ids, c) for p, c in zip(mine, completions, strict=True)]
             longest = max(len(p) + len(c) for p, c in pairs)
@@ -90,16 +93,26 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
                 model, ref_logprobs, pairs, encoder.pad_id, settings.temperature, budget, device, workers), longest, accelerator.num_processes)
         rollout = make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, state["kl_coef"], settings.gamma, settings.lam,
                                settings.whiten_rewards)
+        _check_finite(rollout.scores_B, rows)  # all rows on every process: they stop together
         texts = [encoder.decode(c) for c in rollout.completions]
         gold = gold_scores(rows, texts)
         figures = rollout.statistics(encoder) | {"distinct_2": distinct_n(texts)} | ({} if gold is None else {"gold_mean": sum(gold) / len(gold)})
         return rollout, texts, gold, figures
 
+    def evaluate(rollouts: int) -> dict:
+        """Held-out figures after so many rollouts; keeps the weights if they are the best so far by what PPO maximises."""
+        figures = _evaluation(roll(held_out, 0, 0)[3])
+        figures["eval_objective"] = objective = figures["eval_score_mean"] - settings.kl_coef * figures["eval_kl"]
+        if objective > state["best_objective"]:
+            best.step()
+            state.update(best_objective=objective, best_rollout=rollouts)
+        return figures
+
     clock = Clock()
     with Progress("ppo", settings.rollouts, state["step"]) as bar:
         for step in range(state["step"], settings.rollouts):
             model.train()
-            evaluation = _evaluation(roll(held_out, 0, 0)[3]) if step % settings.eval_every == 0 else {}
+            evaluation = evaluate(step) if step % settings.eval_every == 0 else {}
             clock.take()
             rows = _prompts_of_step(prompts, step, settings.batch_size, config.seed)
             rollout, texts, gold, figures = roll(rows, 1, step)
@@ -118,21 +131,25 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
             if stage.main:
                 write_jsonl(stage.folder / "rollouts" / f"{step + 1:05d}.jsonl", _as_text(rows, texts, rollout, gold))
             _tell(alarms, told, step + 1, settings.stop_on_alarm, stage)
-            state = _next_state(state, figures, settings, stage)
+            state = _next_state(state, figures, settings, stage, [row.id for row in rows])
             bar.update(step + 1, score=figures["score_mean"], kl=figures["kl"], length=figures["length_mean"], tokens_per_second=int(real / seconds))
             if (step + 1) % settings.save_every == 0 and step + 1 < settings.rollouts:
-                save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints,
-                                kl_coef=state["kl_coef"], bad_rollouts=state["bad_rollouts"])
+                save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, kept, **{name: state[name] for name in CARRIED})
 
     if average is not None:
         average.copy_to_model()
-    final = _evaluation(roll(held_out, 0, 0)[3])
+    final = evaluate(settings.rollouts)
     stage.log(settings.rollouts, **final)
+    if settings.hand_over == "best":
+        best.copy_to_model()
+    elif stage.main and state["best_rollout"] < settings.rollouts:
+        _save(_best_policy(config, encoder, attention, best), encoder, stage.folder / "best")
     if stage.main:
-        with replacing_folder(stage.model) as folder:
-            save_model(accelerator.unwrap_model(model).policy, encoder, folder)
+        _save(accelerator.unwrap_model(model).policy, encoder, stage.model)
     say(f"ppo: on {len(held_out)} held-out prompts score {final['eval_score_mean']:.2f} at KL {final['eval_kl']:.1f} nats; model in {stage.model}")
-    stage.finish(**final)
+    say(f"ppo: held-out score less the price of KL is {final['eval_objective']:.2f} at the end, at best {state['best_objective']:.2f} after "
+        f"{state['best_rollout']} of {settings.rollouts} rollouts; handed over: the {settings.hand_over}")
+    stage.finish(**final, best_objective=state["best_objective"], best_rollout=state["best_rollout"], handed_over=settings.hand_over)
 
 
 def _scorer(config: Config, within: Path, attention: str, device):
@@ -144,6 +161,21 @@ def _scorer(config: Config, within: Path, attention: str, device):
         folders = member_folders(within / "reward", config.reward.members)
         main = load_scorer(folders, settings.ensemble, settings.uncertainty_coef, attention, device)
     return with_mix(main, settings.mix, attention, device), folders
+
+
+def _best_policy(config: Config, encoder, attention: str, best: MovingAverage):
+    """The best weights in a model of their own, on the CPU."""
+    policy = load_policy(str(Path(config.run.dir) / "sft" / "model"), encoder, attention)
+    policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
+    copy = MovingAverage(policy, 0.0)
+    copy.load_state_dict(best.state_dict())
+    copy.copy_to_model()
+    return policy
+
+
+def _save(policy, encoder, place: Path) -> None:
+    with replacing_folder(place) as folder:
+        save_model(policy, encoder, folder)
 
 
 def _announce(config: Config, accelerator, prompts) -> None:
@@ -191,14 +223,15 @@ def _check_finite(scores_B: torch.Tensor, prompts) -> None:
                               "Look at the reward model or callable; the same command goes on from the last checkpoint")
 
 
-def _next_state(state: dict, figures: dict, settings, stage) -> dict:
-    """KL coefficient for the next rollout; stops a run whose steps are all left out. Raises TrainingStopped."""
+def _next_state(state: dict, figures: dict, settings, stage, prompt_ids: list[str]) -> dict:
+    """KL coefficient for the next rollout; stops a run whose steps are all left out and names the last prompts. Raises TrainingStopped."""
     all_skipped = figures["skipped_steps"] == figures["epochs_run"] * settings.minibatches
     bad = state["bad_rollouts"] + 1 if all_skipped else 0
-    if bad >= SKIPS_IN_A_ROW:
-        raise TrainingStopped(f"ppo: no gradient was finite in {bad} rollouts in a row; the last good weights: {stage.checkpoints}; lower ppo.lr")
+    if bad >= min(SKIPS_IN_A_ROW, settings.rollouts):
+        raise TrainingStopped(f"ppo: no loss and gradient were finite in {bad} rollouts in a row; the last one's prompts have the ids "
+                              f"{', '.join(prompt_ids)}; the last good weights: {stage.checkpoints}; lower ppo.lr")
     kl_coef = state["kl_coef"]
-    if settings.kl_target is not None:
+    if settings.kl_target is not None and math.isfinite(figures["kl"]):
         kl_coef = adapted_kl_coef(kl_coef, figures["kl"], settings.kl_target, settings.batch_size, settings.kl_horizon)
     return {**state, "kl_coef": kl_coef, "bad_rollouts": bad}
 
@@ -221,7 +254,7 @@ def _tell(alarms: list[tuple[str, str]], told: set[str], rollout: int, stop: boo
 
 
 def _tell_skip(prompt_ids: list[str], rollout: int) -> None:
-    say(f"ppo: a step of rollout {rollout} was left out, its gradient was not finite; its prompts have the ids {', '.join(prompt_ids)}")
+    say(f"ppo: a step of rollout {rollout} was left out, its loss or gradient was not finite; its prompts have the ids {', '.join(prompt_ids)}")
 
 
 def _evaluation(figures: dict) -> dict:

@@ -1,6 +1,7 @@
 """Checkpoints of the stages whose loops are ours (pretrain, ppo): written beside, renamed into place, pruned.
 
 What is random in those loops follows from (seed, step), so a checkpoint needs weights, optimizer state and a few numbers.
+accelerate would load objects of ours as unrestricted pickles, so their tensors lie in a safetensors file.
 """
 
 import json
@@ -9,12 +10,15 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from rlhf.runs import Stage
 
+KEPT = "kept.safetensors"
 
-def save_checkpoint(accelerator: Accelerator, stage: Stage, step: int, keep: int, **numbers) -> None:
-    """Saves everything accelerate prepared and `numbers` (JSON values) as of `step` finished steps."""
+
+def save_checkpoint(accelerator: Accelerator, stage: Stage, step: int, keep: int, kept: dict | None = None, **numbers) -> None:
+    """Saves everything accelerate prepared, `kept` (name -> MovingAverage) and `numbers` (JSON values) as of `step` finished steps."""
     path = stage.checkpoints / f"step_{step:07d}"
     beside = path.with_name(path.name + ".partial")
     if stage.main:
@@ -23,7 +27,9 @@ def save_checkpoint(accelerator: Accelerator, stage: Stage, step: int, keep: int
     accelerator.save_state(str(beside), safe_serialization=True)
     accelerator.wait_for_everyone()
     if stage.main:
-        (beside / "numbers.json").write_text(json.dumps({"step": step, "processes": accelerator.num_processes, **numbers}))
+        tensors = {f"{name}/{key}": tensor for name, one in (kept or {}).items() for key, tensor in one.state_dict().items()}
+        save_file(tensors, beside / KEPT)
+        (beside / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
         shutil.rmtree(path, ignore_errors=True)
         os.replace(beside, path)
         for old in finished_checkpoints(stage)[:-keep]:
@@ -31,12 +37,16 @@ def save_checkpoint(accelerator: Accelerator, stage: Stage, step: int, keep: int
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, stage: Stage) -> dict:
-    """Restores the latest checkpoint and returns its numbers; {"step": 0} when there is none."""
+def load_checkpoint(accelerator: Accelerator, stage: Stage, kept: dict | None = None) -> dict:
+    """Restores the latest checkpoint, `kept` included, and returns its numbers; {"step": 0} when there is none."""
     found = finished_checkpoints(stage)
     if not found:
         return {"step": 0}
     accelerator.load_state(str(found[-1]))
+    if kept:
+        tensors = load_file(found[-1] / KEPT)
+        for name, one in kept.items():
+            one.load_state_dict({key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")})
     return json.loads((found[-1] / "numbers.json").read_text())
 
 

@@ -10,6 +10,7 @@ from rlhf.config import Config, describe_settings, load_config
 from rlhf.crash import disk_trouble, report_crash
 from rlhf.errors import EXIT_CRASHED, EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, InputError, TrainingStopped
 from rlhf.runs import nothing_open, open_now
+from rlhf.terminal import printable
 
 STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare", "pipeline")
 TOOLS = {"chat": "talk to any stage's model in the terminal", "data": "`rlhf data check mine.jsonl`: is your data good?",
@@ -35,7 +36,7 @@ def guarded(action: Callable[[], None]) -> int:
     try:
         action()
     except (InputError, TrainingStopped) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
@@ -45,7 +46,7 @@ def guarded(action: Callable[[], None]) -> int:
         if stage is None or not stage.main:
             raise
         trouble = disk_trouble(error, stage)
-        print(f"error: {trouble}" if trouble else report_crash(error, stage), file=sys.stderr)
+        print(printable(f"error: {trouble}" if trouble else report_crash(error, stage)), file=sys.stderr)
         return trouble.exit_code if trouble else EXIT_CRASHED
     return EXIT_DONE
 

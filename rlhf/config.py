@@ -142,6 +142,7 @@ class Ppo:
     uncertainty_coef: float = setting(1.0, "weight of the members' variance with ppo.ensemble=uncertainty")
     score: str | None = setting(None, "module:function, a callable f(prompts, completions) -> list of float in place of the reward model")
     mix: dict[str, float] = setting({}, "source -> weight, added to that score: a callable's module:function, or a reward model's folder or hub id")
+    hand_over: str = setting("last", "last or best: which weights become ppo/model, those after the last rollout or those of the best evaluation")
     save_every: int = setting(10, "rollouts between checkpoints")
     eval_every: int = setting(10, "rollouts between evaluations on held-out prompts")
     eval_prompts: int = setting(128, "held-out prompts of these evaluations")
@@ -313,6 +314,7 @@ CHOICES = {
     "reward.ties": ("drop", "half"),
     "ppo.value_model": ("separate", "shared"),
     "ppo.ensemble": ("mean", "worst", "uncertainty"),
+    "ppo.hand_over": ("last", "best"),
 }
 RANGES = {  # lowest and highest legal value
     "collect.k": (2, 9), "world.flaw_rate": (0, 1), "world.text_flaw_rate": (0, 1), "world.agreement": (0.5, 1),

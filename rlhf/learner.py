@@ -54,15 +54,16 @@ class Learner:
         with self.clock("score"), accelerator.autocast():
             scores_B = self.scorer([p.messages for p in mine], completions, encoder)
         scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)
-        check_finite(scores_B, mine)
         with self.clock("forward"), accelerator.autocast():
             pairs = [(p.ids, c) for p, c in zip(mine, completions, strict=True)]
             longest = max(len(p) + len(c) for p, c in pairs)
             tokens = self.microbatch.attempt(lambda budget: evaluate_tokens(
                 self.model, self.ref_logprobs, pairs, encoder.pad_id, settings.temperature, budget, accelerator.device, self.workers),
                 longest, accelerator.num_processes)
-        return make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, kl_coef, settings.gamma, settings.lam,
-                            settings.whiten_rewards)
+        rollout = make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, kl_coef, settings.gamma, settings.lam,
+                               settings.whiten_rewards)
+        check_finite(rollout.scores_B, rows)  # all rows on every process: they stop together
+        return rollout
 
     def learn(self, rollout: Rollout, step: int, ptx_rows=(), after_step=None, on_skip=None) -> dict:
         """Figures of the update that follows rollout number `step` (from 0); the rest as rlhf/ppo.py: update."""

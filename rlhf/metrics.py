@@ -38,6 +38,7 @@ GLOSSARY = {
     "eval_gold_mean": ("0 to 1", "gold_mean on held-out prompts, for the report alone"),
     "eval_kl": ("nats per completion", "kl on held-out prompts"),
     "eval_length_mean": ("tokens", "length on held-out prompts"),
+    "eval_objective": ("score", "eval_score_mean less ppo.kl_coef times eval_kl, what PPO maximises; the best weights are those with the highest"),
     "seconds_sample": ("s", "sampling"),
     "seconds_score": ("s", "reward model, or whatever scores"),
     "seconds_forward": ("s", "old log-probabilities, values and reference"),

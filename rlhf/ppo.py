@@ -43,7 +43,7 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
     `ptx_rows`: (prompt, completion) id pairs for PPO-ptx, shared out over the optimizer steps. `after_step()` runs after each step.
     `workers`: microbatches are differentiated side by side where there are several. `microbatch`: halved when memory runs out; kept by the
     caller for the next rollouts (None: of settings.microbatch_tokens).
-    A step whose gradient is not finite is left out, counted, and told to `on_skip(rows of the rollout)`.
+    A step whose gradient or figures are not finite is left out, counted, and told to `on_skip(rows of the rollout)`.
     """
     generator, microbatch = torch.Generator().manual_seed(seed), microbatch or Microbatch(settings.microbatch_tokens)
     steps, skipped, first, epochs_run = [], 0, {}, 0
@@ -63,7 +63,7 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
             figures, norm = microbatch.attempt(attempt, longest, accelerator.num_processes)
             if not steps:
                 first = {f"first_{name}": figures[name] for name in ("ratio_error", "ratio_drift")}
-            if math.isfinite(norm):
+            if math.isfinite(norm) and all(map(math.isfinite, figures.values())):
                 optimizer.step()
                 if after_step is not None:
                     after_step()

@@ -5,14 +5,15 @@ import sys
 import time
 
 from rlhf.runs import is_main
+from rlhf.terminal import printable
 
 QUIET = "RLHF_QUIET"
 
 
 def say(message: str) -> None:
-    """One line from the main process."""
+    """One line from the main process; names and text of data in it are shown, not obeyed."""
     if is_main():
-        print(message, flush=True)
+        print(printable(message), flush=True)
 
 
 class Progress:

@@ -27,7 +27,7 @@ def encode_rankings(rows, encoder, max_prompt_tokens: int, max_completion_tokens
     """Canonical preference rows as ids, and how many rows were left out.
 
     Answers over `max_completion_tokens` (with the EOS) are left out; a row is, when its prompt is over `max_prompt_tokens` or no pair is
-    left to learn from. An encoded row: {"prompt": ids, "completions": [ids, ...], "ranks", "margin": float, "gold": [float, ...] or None}.
+    left to learn from. An encoded row: {"prompt": ids, "completions": [ids, ...], "ranks", "margin": float, "gold": [float, ...] or None, "id"}.
     """
     encoded, dropped = [], 0
     for row in rows:
@@ -38,7 +38,7 @@ def encode_rankings(rows, encoder, max_prompt_tokens: int, max_completion_tokens
             dropped += 1
             continue
         encoded.append({"prompt": prompt, "completions": [completions[i] for i in kept], "ranks": ranks, "margin": float(row.get("margin") or 0.0),
-                        "gold": gold and [gold[i] for i in kept]})
+                        "gold": gold and [gold[i] for i in kept], "id": row.get("id")})
     return encoded, dropped
 
 

@@ -34,7 +34,6 @@ READS = {  # the sections of settings that decide what a stage makes, beside see
     "ppo": ("model", "data", "ppo", "run.precision"),
     "compare": ("compare", "data", "run.precision"),
 }
-NOT_DECIDING = {"ppo": ("save_every", "eval_every", "eval_prompts")}  # of those sections: what may change in a run without changing its model
 _locks: dict[Path, object] = {}
 _open: list["Stage"] = []  # the stage this process works on, for crash reports
 
@@ -73,14 +72,14 @@ class Stage:
             self._metrics.write(json.dumps({"step": step, **{k: _rounded(v) for k, v in figures.items()}}) + "\n")
             self._metrics.flush()
 
-    def forget_after(self, step: int) -> None:
-        """Drops logged lines past `step`, from where a resumed stage logs them again."""
+    def forget_after(self, step: int, closing: str | None = None) -> None:
+        """Drops logged lines past `step`, and the closing line (the one with the figure `closing`), which a resumed stage logs again."""
         path = self.folder / "metrics.jsonl"
         if self.main and path.is_file():
             with open(path, encoding="utf-8") as lines:  # a line without its end was cut when the machine stopped
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
             with replacing(path) as file:
-                file.writelines(kept)
+                file.writelines(line for line, row in rows if row["step"] <= step and closing not in row)
 
     def finish(self, **results) -> None:
         """Writes DONE with the digest of what was made; the stage's checkpoints are no longer needed and go."""
@@ -88,8 +87,8 @@ class Stage:
             if self._metrics is not None:
                 self._metrics.close()
             digest = file_digest(self.model / "model.safetensors") if self.model.is_dir() else None
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
             write_json(self.folder / "DONE", {"fingerprint": self._manifest["fingerprint"], "model_sha256": digest, **results})
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # after DONE: a checkpoint half removed must not be gone on from
             (self.folder / "crash.txt").unlink(missing_ok=True)
         nothing_open()
 
@@ -98,11 +97,16 @@ class Stage:
         self._manifest = {
             "stage": self.name, "fingerprint": _fingerprint(self.name, self.config, parents, inputs), "seed": self.config.seed,
             "commit": source_commit(), "versions": versions(), "parents": parents, "inputs": inputs, "command": " ".join(sys.argv),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
         }
         old = self.folder / "manifest.json"
         if old.is_file():
-            _refuse_other_experiment(self, json.loads(old.read_text(encoding="utf-8")))
-        if self.main and not self.done:
+            found = json.loads(old.read_text(encoding="utf-8"))
+            _refuse_other_experiment(self, found)
+            _refuse_other_processes(self, found)
+        if self.main and self.done:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a process killed right after DONE
+        elif self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.folder / "config.yaml") as file:
                 yaml.safe_dump(config_to_tree(self.config), file, sort_keys=False, allow_unicode=True)
@@ -212,8 +216,15 @@ def _relevant(name: str, config: Config) -> dict:
     picked: dict = {"seed": tree["seed"]}
     for entry in READS[name]:
         section, _, key = entry.partition(".")
-        picked[entry] = tree[section][key] if key else {k: v for k, v in tree[section].items() if k not in NOT_DECIDING.get(section, ())}
+        picked[entry] = tree[section][key] if key else {k: v for k, v in tree[section].items() if k not in _not_deciding(section, config)}
     return picked
+
+
+def _not_deciding(section: str, config: Config) -> tuple[str, ...]:
+    """Settings of a section that may change during a run without changing its model."""
+    if section != "ppo":
+        return ()
+    return ("save_every",) if config.ppo.hand_over == "best" else ("save_every", "eval_every", "eval_prompts")
 
 
 def _fingerprint(name: str, config: Config, parents: dict, inputs: dict) -> str:
@@ -234,10 +245,19 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
         section, _, key = entry.partition(".")
         for field in [key] if key else (now[section] if isinstance(now[section], dict) else [None]):
             was, wanted = (saved.get(section), now[section]) if field is None else (saved.get(section, {}).get(field), now[section][field])
-            if was != wanted and field not in NOT_DECIDING.get(section, ()):
+            if was != wanted and field not in _not_deciding(section, stage.config):
                 changes.append(f"{section}{'.' + field if field else ''} was {was!r} and is now {wanted!r}")
     raise InputError(f"{stage.folder} holds another experiment: {'; '.join(changes) or 'its settings differ'}. Nothing was written. "
                      f"Name another folder with run.dir=..., or delete {stage.folder} and the stages after it")
+
+
+def _refuse_other_processes(stage: Stage, old: dict) -> None:
+    """A stage goes on with as many processes as it began with: pretrain's batches and everybody's rounding follow from their number."""
+    now = stage._manifest["processes"]
+    was = old.get("processes", now)
+    if was != now and not stage.done and stage.checkpoints.is_dir():
+        raise InputError(f"{stage.folder} was begun by {was} process{'es' * (was > 1)} and cannot be gone on with by {now}. Nothing was written. "
+                         f"Start it with {was} again, or delete {stage.checkpoints} to begin the stage anew")
 
 
 def _rounded(value):

@@ -27,6 +27,8 @@ def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = 1
     A causal model answers at the last real token (CANON R2), an encoder where its architecture pools; padding is on the right.
     Raises InputError for rows longer than the model's table of positions.
     """
+    if not rows:
+        return torch.empty(0)
     check_length(reward_model, max(map(len, rows)))
     device = next(reward_model.parameters()).device
     scores_B = torch.empty(len(rows))

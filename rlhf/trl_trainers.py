@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,13 @@ from rlhf.errors import InputError, TrainingStopped
 from rlhf.losses import ranking_loss
 from rlhf.masking import length_mask
 from rlhf.passes import Rows, make_rows, policy_pass
-from rlhf.progress import Progress
+from rlhf.progress import Progress, say
 from rlhf.rankings import collate_rankings, pair_figures
 from rlhf.runs import Stage
 
 WARMUP = 0.03  # share of the steps in which the learning rate rises
 SORTED_STEPS = 16  # steps whose rows are sorted by length together: 6 % of the quickstart's tokens are padding (1 step: 47 %, 50 steps: 2 %)
+SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the stage stops
 WHOLE = "trainer_state.json"  # the file that transformers writes last
 
 
@@ -102,9 +103,10 @@ class _StageTrainer:
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole optimizer step
 
-    def follow(self, stage: Stage, keep: int, label: str, offset: int = 0, **figures) -> None:
-        """Logs into `stage` with `offset` added to the step and `figures` added to each line; keeps `keep` checkpoints."""
-        self.stage, self.keep, self.label, self.offset, self.fixed_figures = stage, keep, label, offset, figures
+    def follow(self, stage: Stage, keep: int, label: str, offset: int = 0, ids: Sequence[str] = (), **figures) -> None:
+        """Logs into `stage` with `offset` added to the step and `figures` added to each line; keeps `keep` checkpoints; `ids` name the rows."""
+        self.stage, self.keep, self.label, self.offset, self.ids, self.fixed_figures = stage, keep, label, offset, ids, figures
+        self.skipped, self.skips_in_a_row = False, 0
         self.sums: dict[str, torch.Tensor | int] = {}
         self.remove_callback(PrinterCallback)
 
@@ -137,15 +139,37 @@ class _StageTrainer:
         totals = sum_over_processes(self.accelerator, torch.stack([torch.as_tensor(v, device=self.args.device).double() for v in self.sums.values()]))
         sums, self.sums = dict(zip(self.sums, totals.tolist(), strict=True)), {}
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        loss, grad_norm, step = logs["loss"], logs["grad_norm"], self.state.global_step
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        loss, grad_norm, step = sums["loss"], logs["grad_norm"], self.state.global_step  # a NaN would stay in the trainers' own loss
+        self.skips_in_a_row = self.skips_in_a_row + 1 if self.skipped else 0
+        if self.skipped:
+            self._tell_skip(step, loss)
+        elif not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingStopped(f"{self.label}: step {step} has loss {loss} and gradient norm {grad_norm}; nothing of it was saved, the last "
                                   f"good weights are in {self.args.output_dir}. Lower {self.section}.lr, now {self.args.learning_rate}, "
                                   "or look at the data")
-        figures = {"loss": loss, **self.figures(sums)}
+        figures = {"loss": loss, **self.figures(sums), **({"skipped_steps": 1} if self.skipped else {})}
         self.stage.log(self.offset + step, **figures, **self.fixed_figures, lr=logs["learning_rate"], grad_norm=grad_norm, seconds=seconds,
                        tokens_per_second=sums["tokens"] / seconds)
         self.bar.update(step, **figures, tokens_per_second=int(sums["tokens"] / seconds))
+
+    def _clip_grad_norm(self, model):
+        """A step whose gradient is not finite leaves weights and optimizer as they are: without gradients AdamW does nothing (CANON A4)."""
+        norm = super()._clip_grad_norm(model)
+        self.skipped = not math.isfinite(norm)
+        if self.skipped:
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    def _tell_skip(self, step: int, loss: float) -> None:
+        """Says which prompts a step that was left out had. Raises TrainingStopped after several in a row."""
+        size = len(self.train_dataset) // self.args.max_steps
+        prompts = ", ".join(str(self.ids[i]) for i in self.train_dataset[(step - 1) * size : step * size]["row"]) if self.ids else "unknown"
+        told = f"the gradient of step {step} is not finite (loss {loss}); its prompts have the ids {prompts}"
+        if self.skips_in_a_row >= min(SKIPS_IN_A_ROW, self.args.max_steps):
+            raise TrainingStopped(f"{self.label}: {told}. That makes {self.skips_in_a_row} such steps in a row; none of them changed the weights, "
+                                  f"and the last checkpoint is in {self.args.output_dir}. Lower {self.section}.lr, now "
+                                  f"{self.args.learning_rate}, or look at the data")
+        say(f"{self.label}: {told}; the step was left out")
 
     def _count_items(self, counts: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(self.accelerator, counts.to(self.args.device))
@@ -201,6 +225,7 @@ class DemonstrationTrainer(_StageTrainer, SFTTrainer):
         loss = -torch.where(in_prompt_BC, 0.0, logprobs_BC).sum() / completion_tokens
         if self.lm_loss_weight:
             loss = loss - self.lm_loss_weight * torch.where(in_prompt_BC, logprobs_BC, 0.0).sum() / prompt_tokens.clamp(min=1)
+        self.add_up(loss=loss.detach())
         return loss * self.accelerator.num_processes
 
     def _get_num_items_in_batch(self, batches, device):
@@ -225,8 +250,9 @@ class RankingTrainer(_StageTrainer, RewardTrainer):
         rewards_BK, ranks_BK = rewards_N[inputs["places_BK"]], inputs["ranks_BK"]
         loss, _ = ranking_loss(rewards_BK, ranks_BK, inputs["margin_B"], self.ties)
         right, pairs, gap = pair_figures(rewards_BK.detach(), ranks_BK)
-        self.add_up(tokens=inputs["tokens"], right=right, pairs=pairs, gap=gap)
-        return loss / num_items_in_batch * self.accelerator.num_processes
+        loss = loss / num_items_in_batch
+        self.add_up(tokens=inputs["tokens"], right=right, pairs=pairs, gap=gap, loss=loss.detach())
+        return loss * self.accelerator.num_processes
 
     def figures(self, sums):
         pairs = max(sums["pairs"], 1.0)

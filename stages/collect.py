@@ -5,6 +5,7 @@
 Reads RUN/data/prompts, RUN/sft/model (or a later policy, in the second and later rounds of stages.pipeline). Leaves
 RUN/data/preferences/{train,eval}.jsonl: K answers a prompt with ranks. The raters are those of the embedded world: each ranks by the gold
 score with Bradley-Terry noise, set so that two of them agree on world.agreement of the pairs; one rater ranks a prompt.
+Answers are kept as they come, so that a run that was stopped goes on behind the last whole batch of prompts.
 Rows carry the gold scores beside the ranks, for the reward model's evaluation on noise-free labels alone.
 """
 
@@ -48,17 +49,18 @@ def main(config: Config, number: int | None = None) -> None:
     answered = {}
     for side, (split, (first, count)) in enumerate(sides.items()):
         prompts = load_prompts(config.run.dir, split, encoder, config.data.max_prompt_tokens)[first : first + count]
-        answered[split] = (prompts, _answers(config, accelerator, model, encoder, prompts, side, number))
+        answered[split] = (prompts, _answers(config, accelerator, model, encoder, prompts, side, number, stage.checkpoints / f"{split}.jsonl"))
     if stage.main:
         earlier = [run / f"round_{n}" for n in range(1, number)]
         stage.finish(**_rank(config, answered, run / within, earlier, number))
 
 
-def _answers(config: Config, accelerator, model, encoder, prompts: list[Prompt], side: int, number: int) -> list[list[str]]:
-    """K sampled answers to each prompt, in the order of `prompts`, on every process."""
-    k, chunk, answers = config.collect.k, max(1, config.collect.batch_size // config.collect.k), []
-    with Progress("collect", len(prompts)) as bar:
-        for start_at in range(0, len(prompts), chunk):
+def _answers(config: Config, accelerator, model, encoder, prompts: list[Prompt], side: int, number: int, kept: Path) -> list[list[str]]:
+    """K sampled answers to each prompt, in the order of `prompts`, on every process; those in `kept` from before a stop are not sampled again."""
+    k, chunk = config.collect.k, max(1, config.collect.batch_size // config.collect.k)
+    answers = [row["answers"] for row in read_jsonl(kept)] if kept.is_file() else []
+    with Progress("collect", len(prompts), len(answers)) as bar:
+        for start_at in range(len(answers), len(prompts), chunk):
             rows = [p.ids for p in prompts[start_at : start_at + chunk] for _ in range(k)]
             uniforms_BC = draw_uniforms(len(rows), config.data.max_completion_tokens, config.seed, 2, number, side, start_at)
             places = share(accelerator, list(range(len(rows))))
@@ -66,6 +68,8 @@ def _answers(config: Config, accelerator, model, encoder, prompts: list[Prompt],
                 ids = sample(model, [rows[i] for i in places], uniforms_BC[places], encoder, config.collect.temperature, max(1, len(places)))
             texts = gather_rows(accelerator, [encoder.decode(c) for c in ids])
             answers += [texts[i : i + k] for i in range(0, len(texts), k)]
+            if accelerator.is_main_process:
+                write_jsonl(kept, ({"answers": a} for a in answers))
             bar.update(min(start_at + chunk, len(prompts)))
     return answers
 

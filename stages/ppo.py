@@ -3,13 +3,15 @@
     python -m stages.ppo --config configs/quickstart.yaml [ppo.kl_coef=0.2 ...]
     accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.ppo
 
-Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text.
+Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text; and, where
+an evaluation on held-out prompts liked earlier weights better, those in RUN/ppo/best (ppo.hand_over=best: as RUN/ppo/model).
 One step: sample completions; score them; old log-probabilities, reference log-probabilities and values in one pass over the rows; rewards
 = -kl_coef·KL per token + score at the end; advantages by GAE, whitened; a few epochs of clipped updates. What is random follows from
 (seed, step), so a resumed run goes on as if it had never stopped.
 Simplified on purpose: every process holds the whole rollout (ids and a few floats a token), which makes one process and many the same.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from rlhf.errors import TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder, write_jsonl
 from rlhf.kl import adapted_kl_coef
 from rlhf.learner import Learner
-from rlhf.models import load_encoder, save_model
+from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, save_model
 from rlhf.optimizers import linear_lr, set_lr
 from rlhf.ppo import MovingAverage
 from rlhf.progress import Progress, say
@@ -31,6 +33,7 @@ from rlhf.prompts import gold_scores, load_prompts, prompts_of_step
 from rlhf.runs import open_stage
 
 SKIPS_IN_A_ROW = 5  # rollouts without a single finite step after which the run stops
+CARRIED = ("kl_coef", "bad_rollouts", "best_objective", "best_rollout")  # from one rollout to the next, through checkpoints too
 
 
 def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
@@ -48,12 +51,13 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     learner = Learner(config, accelerator, encoder, within)
     model, optimizer = learner.model, learner.optimizer
     average = MovingAverage(learner.policy, settings.ema_decay) if settings.ema_decay else None  # after prepare: on the weights' device
-    if average is not None:
-        accelerator.register_for_checkpointing(average)
+    best = MovingAverage(learner.policy, 0.0)  # takes the weights as they are when an evaluation is the best so far
+    kept = {"best": best} | ({} if average is None else {"average": average})
     ptx = _ptx_rows(config, encoder) if settings.ptx_coef else []
     _announce(config, accelerator, prompts)
 
-    state = {"kl_coef": settings.kl_coef, "bad_rollouts": 0, **load_checkpoint(accelerator, stage)}
+    state = {"kl_coef": settings.kl_coef, "bad_rollouts": 0, "best_objective": -math.inf, "best_rollout": 0}
+    state |= load_checkpoint(accelerator, stage, kept)
     stage.forget_after(state["step"])
     first, told = _first_figures(stage), set()
 
@@ -65,10 +69,19 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         figures = rollout.statistics(encoder) | {"distinct_2": distinct_n(texts)} | ({} if gold is None else {"gold_mean": sum(gold) / len(gold)})
         return rollout, texts, gold, figures
 
+    def evaluate(rollouts: int) -> dict:
+        """Held-out figures after so many rollouts; keeps the weights if they are the best so far by what PPO maximises."""
+        figures = _evaluation(roll(held_out, 0, 0)[3])
+        figures["eval_objective"] = objective = figures["eval_score_mean"] - settings.kl_coef * figures["eval_kl"]
+        if objective > state["best_objective"]:
+            best.step()
+            state.update(best_objective=objective, best_rollout=rollouts)
+        return figures
+
     with Progress("ppo", settings.rollouts, state["step"]) as bar:
         for step in range(state["step"], settings.rollouts):
             model.train()
-            evaluation = _evaluation(roll(held_out, 0, 0)[3]) if step % settings.eval_every == 0 else {}
+            evaluation = evaluate(step) if step % settings.eval_every == 0 else {}
             learner.clock.take()
             rows = prompts_of_step(prompts, step, settings.batch_size, config.seed)
             rollout, texts, gold, figures = roll(rows, 1, step)
@@ -85,21 +98,40 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
             if stage.main:
                 write_jsonl(stage.folder / "rollouts" / f"{step + 1:05d}.jsonl", _as_text(rows, texts, rollout, gold))
             _tell(alarms, told, step + 1, settings.stop_on_alarm, stage)
-            state = _next_state(state, figures, settings, stage)
+            state = _next_state(state, figures, settings, stage, [row.id for row in rows])
             bar.update(step + 1, score=figures["score_mean"], kl=figures["kl"], length=figures["length_mean"], tokens_per_second=int(speed))
             if (step + 1) % settings.save_every == 0 and step + 1 < settings.rollouts:
-                save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints,
-                                kl_coef=state["kl_coef"], bad_rollouts=state["bad_rollouts"])
+                save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, kept, **{name: state[name] for name in CARRIED})
 
     if average is not None:
         average.copy_to_model()
-    final = _evaluation(roll(held_out, 0, 0)[3])
+    final = evaluate(settings.rollouts)
     stage.log(settings.rollouts, **final)
+    if settings.hand_over == "best":
+        best.copy_to_model()
+    elif stage.main and state["best_rollout"] < settings.rollouts:
+        _save(_best_policy(config, encoder, best), encoder, stage.folder / "best")
     if stage.main:
-        with replacing_folder(stage.model) as folder:
-            save_model(accelerator.unwrap_model(model).policy, encoder, folder)
+        _save(accelerator.unwrap_model(model).policy, encoder, stage.model)
     say(f"ppo: on {len(held_out)} held-out prompts score {final['eval_score_mean']:.2f} at KL {final['eval_kl']:.1f} nats; model in {stage.model}")
-    stage.finish(**final)
+    say(f"ppo: held-out score less the price of KL is {final['eval_objective']:.2f} at the end, at best {state['best_objective']:.2f} after "
+        f"{state['best_rollout']} of {settings.rollouts} rollouts; handed over: the {settings.hand_over}")
+    stage.finish(**final, best_objective=state["best_objective"], best_rollout=state["best_rollout"], handed_over=settings.hand_over)
+
+
+def _best_policy(config: Config, encoder, best: MovingAverage):
+    """The best weights in a model of their own, on the CPU."""
+    policy = load_policy(str(Path(config.run.dir) / "sft" / "model"), encoder, attention_kernel(config.model.attention, "cpu"))
+    policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
+    copy = MovingAverage(policy, 0.0)
+    copy.load_state_dict(best.state_dict())
+    copy.copy_to_model()
+    return policy
+
+
+def _save(policy, encoder, place: Path) -> None:
+    with replacing_folder(place) as folder:
+        save_model(policy, encoder, folder)
 
 
 def _announce(config: Config, accelerator, prompts) -> None:
@@ -121,14 +153,15 @@ def _ptx_of_step(rows: list, step: int, count: int) -> list:
     return [rows[i % len(rows)] for i in range(step * count, (step + 1) * count)] if rows else []
 
 
-def _next_state(state: dict, figures: dict, settings, stage) -> dict:
-    """KL coefficient for the next rollout; stops a run whose steps are all left out. Raises TrainingStopped."""
+def _next_state(state: dict, figures: dict, settings, stage, prompt_ids: list[str]) -> dict:
+    """KL coefficient for the next rollout; stops a run whose steps are all left out and names the last prompts. Raises TrainingStopped."""
     all_skipped = figures["skipped_steps"] == figures["epochs_run"] * settings.minibatches
     bad = state["bad_rollouts"] + 1 if all_skipped else 0
-    if bad >= SKIPS_IN_A_ROW:
-        raise TrainingStopped(f"ppo: no gradient was finite in {bad} rollouts in a row; the last good weights: {stage.checkpoints}; lower ppo.lr")
+    if bad >= min(SKIPS_IN_A_ROW, settings.rollouts):
+        raise TrainingStopped(f"ppo: no loss and gradient were finite in {bad} rollouts in a row; the last one's prompts have the ids "
+                              f"{', '.join(prompt_ids)}; the last good weights: {stage.checkpoints}; lower ppo.lr")
     kl_coef = state["kl_coef"]
-    if settings.kl_target is not None:
+    if settings.kl_target is not None and math.isfinite(figures["kl"]):
         kl_coef = adapted_kl_coef(kl_coef, figures["kl"], settings.kl_target, settings.batch_size, settings.kl_horizon)
     return {**state, "kl_coef": kl_coef, "bad_rollouts": bad}
 
@@ -151,7 +184,7 @@ def _tell(alarms: list[tuple[str, str]], told: set[str], rollout: int, stop: boo
 
 
 def _tell_skip(prompt_ids: list[str], rollout: int) -> None:
-    say(f"ppo: a step of rollout {rollout} was left out, its gradient was not finite; its prompts have the ids {', '.join(prompt_ids)}")
+    say(f"ppo: a step of rollout {rollout} was left out, its loss or gradient was not finite; its prompts have the ids {', '.join(prompt_ids)}")
 
 
 def _evaluation(figures: dict) -> dict:

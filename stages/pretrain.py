@@ -39,6 +39,7 @@ from rlhf.workers import Workers, accumulate, workers_for
 TOKENIZER_DOCUMENTS = 50_000  # enough for a stable vocabulary of a few thousand tokens
 WARMUP = 0.02
 EVAL_ROWS = 256
+SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the stage stops
 SORTED_ROWS = 4096  # rows sorted by length together
 
 
@@ -66,7 +67,8 @@ def main(config: Config) -> None:
     workers = workers_for(accelerator, gpt)
     optimizers = pretraining_optimizers(gpt, settings.lr, settings.matrix_lr, settings.weight_decay)
     model, *optimizers = accelerator.prepare(NextTokenLoss(gpt), *optimizers)
-    first = load_checkpoint(accelerator, stage)["step"]
+    state = {"skips_in_a_row": 0, **load_checkpoint(accelerator, stage)}
+    first, skips = state["step"], state["skips_in_a_row"]
     stage.forget_after(first)
     batches, clock, seen = _batches(rows, settings.batch_tokens // accelerator.num_processes, config.seed, accelerator), time.perf_counter(), 0
 
@@ -77,23 +79,27 @@ def main(config: Config) -> None:
                 set_lr(optimizer, share)
             loss, count = _backward(accelerator, workers, model, batches(step), encoder.pad_id)
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
-            if not math.isfinite(grad_norm):
-                raise TrainingStopped(f"pretrain: the gradient of step {step + 1} is not finite (loss {loss}); the last good weights are in "
-                                      f"{stage.checkpoints}; lower pretrain.lr, now {settings.lr}")
-            workers.map(lambda optimizer: optimizer.step(), optimizers)
+            skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
+            skips = skips + 1 if skipped else 0
+            if skipped:
+                _tell_skip(step + 1, loss, skips, [encoder.decode(row) for row in batches(step)], stage, settings)
+            else:
+                workers.map(lambda optimizer: optimizer.step(), optimizers)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             seen += count
-            if (step + 1) % 10 == 0 or step + 1 == settings.steps:
+            if (step + 1) % 10 == 0 or step + 1 == settings.steps or skipped:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 figures = dict(loss=loss, lr=share * settings.lr, grad_norm=grad_norm, tokens_per_second=seen / seconds)
+                if skipped:
+                    figures["skipped_steps"] = 1
                 if (step + 1) % 200 == 0 or step + 1 == settings.steps:
                     figures["eval_loss"] = _eval_loss(workers, model, held_out, encoder.pad_id, accelerator.device)
                 stage.log(step + 1, **figures)
                 bar.update(step + 1, loss=loss, tokens_per_second=int(seen / seconds))
                 seen = 0
             if (step + 1) % config.run.save_every == 0 and step + 1 < settings.steps:
-                save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints)
+                save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, skips_in_a_row=skips)
 
     eval_loss = _eval_loss(workers, model, held_out, encoder.pad_id, accelerator.device)
     if stage.main:
@@ -115,6 +121,15 @@ class NextTokenLoss(nn.Module):
         hidden_BTD = self.gpt.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
         real_BT = mask_BT[:, 1:]
         return linear_cross_entropy(hidden_BTD[real_BT], self.gpt.get_output_embeddings().weight, ids_BT[:, 1:][real_BT])
+
+
+def _tell_skip(step: int, loss: float, skips: int, texts: list[str], stage, settings) -> None:
+    """Says which text a step that was left out had (CANON A4). Raises TrainingStopped after several in a row."""
+    told = f"loss ({loss}) or gradient of step {step} is not finite; its text begins with {', '.join(repr(t[:40]) for t in texts[:5])}"
+    if skips >= min(SKIPS_IN_A_ROW, settings.steps):
+        raise TrainingStopped(f"pretrain: {told}. That makes {skips} such steps in a row; none of them changed the weights, and the last checkpoint "
+                              f"is in {stage.checkpoints}; lower pretrain.lr, now {settings.lr}")
+    say(f"pretrain: {told}; the step was left out")
 
 
 def _tokenizer(stage, text: Path, vocab_size: int) -> Encoder:

@@ -60,7 +60,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
         f"{answers / len(train):.1f} answers a prompt, each through the model once")
 
     finished = sum(folder.is_dir() for folder in folders)
-    stage.forget_after(finished * steps + last_checkpoint(_checkpoints(stage, finished))[1])
+    stage.forget_after(finished * steps + last_checkpoint(_checkpoints(stage, finished))[1], closing="peak_memory_mb")
     samples = None
     for member, (seed, folder) in enumerate(zip(seeds, folders, strict=True)):
         if folder.is_dir():
@@ -107,7 +107,7 @@ def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: l
     recipe = Recipe("reward", steps, settings.batch_size, settings.microbatch, settings.lr, "linear", seed, precision(config.run.precision))
     trainer = RankingTrainer(reward_model, train, encoder, recipe, config.run, _checkpoints(stage, member), settings.ties)
     figures = {"member": member} if settings.members > 1 and stage.name == "reward" else {}
-    trainer.follow(stage, config.run.keep_checkpoints, stage.name, member * steps, **figures)
+    trainer.follow(stage, config.run.keep_checkpoints, stage.name, member * steps, [row["id"] for row in train], **figures)
     trainer.run()
     return trainer.accelerator.unwrap_model(trainer.model)
 

@@ -40,8 +40,8 @@ def main(config: Config) -> None:
     attention = attention_kernel(config.model.attention, accelerator.device)
     source = backbone(config)
     encoder = load_encoder(source, config.model.trust_remote_code)
-    train = _demonstrations(run, "train", encoder, config)
-    held_out = _demonstrations(run, "eval", encoder, config)
+    train, ids = _demonstrations(run, "train", encoder, config)
+    held_out, _ = _demonstrations(run, "eval", encoder, config)
     policy = load_policy(source, encoder, attention, config.model.trust_remote_code)
     policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
 
@@ -51,8 +51,8 @@ def main(config: Config) -> None:
         f"{sum(len(c) for _, c in train):,} completion tokens")
     recipe = Recipe("sft", steps, settings.batch_size, settings.microbatch, settings.lr, "cosine", config.seed, precision(config.run.precision))
     trainer = DemonstrationTrainer(policy, train, encoder, recipe, config.run, stage.checkpoints, settings.lm_loss_weight)
-    trainer.follow(stage, config.run.keep_checkpoints, "sft")
-    stage.forget_after(last_checkpoint(stage.checkpoints)[1])
+    trainer.follow(stage, config.run.keep_checkpoints, "sft", ids=ids)
+    stage.forget_after(last_checkpoint(stage.checkpoints)[1], closing="peak_memory_mb")
     trainer.run()
 
     if stage.main:
@@ -68,18 +68,21 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
 
 
-def _demonstrations(run: Path, split: str, encoder: Encoder, config: Config) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids with EOS) of a split; rows too long are left out and counted. Raises InputError when none is left to train on."""
+def _demonstrations(run: Path, split: str, encoder: Encoder, config: Config) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
+    """(prompt ids, completion ids with EOS) of a split, and the rows' names; rows too long are left out and counted.
+
+    Raises InputError when none is left to train on.
+    """
     path, limits = run / "data" / "demonstrations" / f"{split}.jsonl", config.data
-    rows = [(encoder.prompt_ids(row["prompt"]), encoder.completion_ids(row["completion"])) for row in read_jsonl(path)]
-    kept = [(p, c) for p, c in rows if len(p) <= limits.max_prompt_tokens and len(c) <= limits.max_completion_tokens]
+    rows = [(encoder.prompt_ids(row["prompt"]), encoder.completion_ids(row["completion"]), row["id"]) for row in read_jsonl(path)]
+    kept = [row for row in rows if len(row[0]) <= limits.max_prompt_tokens and len(row[1]) <= limits.max_completion_tokens]
     if len(kept) < len(rows):
         say(f"sft: {len(rows) - len(kept):,} of {len(rows):,} {split} demonstrations left out, longer than data.max_prompt_tokens="
             f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}")
     if not kept and split == "train":
         raise InputError(f"{path}: none of {len(rows)} demonstrations is short enough to train on; raise data.max_prompt_tokens="
                          f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}, or give other demonstrations")
-    return kept
+    return [(p, c) for p, c, _ in kept], [name for _, _, name in kept]
 
 
 @torch.inference_mode()

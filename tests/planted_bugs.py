@@ -267,7 +267,7 @@ BUGS = [
         right="values_BC, old_values_BC, returns_BC = (torch.where(mask_BC, t, 0.0) for t in (values_BC, old_values_BC, returns_BC))",
         wrong="values_BC, old_values_BC, returns_BC = (t * mask_BC for t in (values_BC, old_values_BC, returns_BC))"),
     Bug("A4", "rlhf/ppo.py", "test_ppo.py", "a NaN gradient reaches the weights",
-        right="if math.isfinite(norm):",
+        right="if math.isfinite(norm) and all(map(math.isfinite, figures.values())):",
         wrong="if True:"),
     # the contract of DESIGN
     Bug("", "rlhf/runs.py", "test_runs.py", "another experiment is mixed into a folder",

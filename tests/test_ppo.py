@@ -356,22 +356,24 @@ def test_A4_a_score_that_is_no_number_stops_the_run_and_names_the_prompt():
 
 
 def test_A4_a_run_without_a_finite_step_ends_after_some_rollouts():
-    how = types.SimpleNamespace(minibatches=2, kl_target=None)
+    how = types.SimpleNamespace(minibatches=2, kl_target=None, rollouts=30)
     state, folder = {"kl_coef": 0.1, "bad_rollouts": 0}, types.SimpleNamespace(checkpoints="here")
     bad, good = {"skipped_steps": 4, "epochs_run": 2, "kl": 1.0}, {"skipped_steps": 3, "epochs_run": 2, "kl": 1.0}
     for figures in [bad] * 4 + [good] + [bad] * 4:
-        state = stage._next_state(state, figures, how, folder)
-    with pytest.raises(TrainingStopped, match="here"):
-        stage._next_state(state, bad, how, folder)
+        state = stage._next_state(state, figures, how, folder, ["aaa", "bbb"])
+    with pytest.raises(TrainingStopped, match="aaa, bbb; .*here"):
+        stage._next_state(state, bad, how, folder, ["aaa", "bbb"])
 
 
 # P7 in the stage
 
 def test_P7_the_stage_adapts_the_coefficient_only_with_a_target():
     figures, state = {"skipped_steps": 0, "epochs_run": 1, "kl": 12.0}, {"kl_coef": 0.1, "bad_rollouts": 0}
-    how = {"minibatches": 2, "batch_size": 100, "kl_horizon": 1000}
-    fixed = stage._next_state(state, figures, types.SimpleNamespace(kl_target=None, **how), None)
-    adapted = stage._next_state(state, figures, types.SimpleNamespace(kl_target=6.0, **how), None)
+    how = {"minibatches": 2, "batch_size": 100, "kl_horizon": 1000, "rollouts": 30}
+    fixed = stage._next_state(state, figures, types.SimpleNamespace(kl_target=None, **how), None, [])
+    adapted = stage._next_state(state, figures, types.SimpleNamespace(kl_target=6.0, **how), None, [])
+    lost = stage._next_state(state, figures | {"kl": math.nan}, types.SimpleNamespace(kl_target=6.0, **how), None, [])
+    assert lost["kl_coef"] == 0.1  # one figure that is no number does not spoil all rollouts after it
     assert (fixed["kl_coef"], adapted["kl_coef"]) == (0.1, pytest.approx(0.1 * (1 + 0.2 * 0.1)))
 
 
@@ -512,9 +514,8 @@ def train(folder, first, last, load=False):
     model, ref = policy_and_value(ENCODER), nano(ENCODER)
     model, optimizer = accelerator.prepare(model, ppo_optimizer(model, 1e-3, 2e-3))
     average = MovingAverage(model.policy, 0.9)
-    accelerator.register_for_checkpointing(average)
-    place = types.SimpleNamespace(checkpoints=folder, main=True)
-    numbers = load_checkpoint(accelerator, place) if load else {"step": 0}
+    kept, place = {"average": average}, types.SimpleNamespace(checkpoints=folder, main=True)
+    numbers = load_checkpoint(accelerator, place, kept) if load else {"step": 0}
     assert numbers["step"] == first
     for step in range(first, last):
         set_lr(optimizer, linear_lr(step, 4))
@@ -522,7 +523,7 @@ def train(folder, first, last, load=False):
         figures = update(accelerator, model, optimizer, rollout, settings(epochs=2), PAD, seed=step, after_step=average.step)
         if step == first and load:
             assert figures["first_ratio_error"] < 1e-4
-        save_checkpoint(accelerator, place, step + 1, 2, kl_coef=0.125)
+        save_checkpoint(accelerator, place, step + 1, 2, kept, kl_coef=0.125)
     return {**snapshot(model), **{f"average {n}": t for n, t in average.average.items()}}, numbers
 
 

@@ -172,7 +172,7 @@ def test_encode_rankings_leaves_out_and_counts():
             row("a", ["x", "x y z w"], [1, 2]), row("a", ["x", "y"], [2, 1], margin=0.5)]
     kept, dropped = encode_rankings(rows, Words(), 3, 4, "drop")
     assert dropped == 3, "prompt too long; all tied; one answer left"
-    assert kept[0] == {"prompt": [1, 1], "completions": [[2, 9], [2, 2, 9]], "ranks": [2, 1], "margin": 0.0, "gold": [0.1, 0.2]}
+    assert kept[0] == {"prompt": [1, 1], "completions": [[2, 9], [2, 2, 9]], "ranks": [2, 1], "margin": 0.0, "gold": [0.1, 0.2], "id": None}
     assert kept[1]["margin"] == 0.5 and kept[1]["gold"] is None
     assert encode_rankings(rows, Words(), 3, 4, "half")[1] == 2, "a tie is a pair when it counts half"
 

@@ -109,6 +109,7 @@ class Reward:
     lr: float = setting(2e-4, "peak learning rate; warm-up over 3 percent, then linear to 0")
     normalise_prompts: int = setting(256, "prompts whose SFT samples set the normalisation to mean 0, standard deviation 1")
     ties: str = setting("drop", "drop, or half: a tied pair counts with label one half")
+    flip_rate: float = setting(0.0, "share of the training rankings turned round before training, 0 to 1: label noise for experiments")
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,8 @@ RANGES = {  # lowest and highest legal value
     "collect.k": (2, 9), "world.flaw_rate": (0, 1), "world.text_flaw_rate": (0, 1), "world.agreement": (0.5, 1),
     "data.eval_fraction": (0, 0.5), "data.test_fraction": (0, 0.5), "data.judge_fraction": (0, 0.9), "ppo.lam": (0, 1), "ppo.gamma": (0, 1),
     "ppo.ema_decay": (0, 1), "ppo.temperature": (1e-3, 100), "compare.temperature": (1e-3, 100), "collect.temperature": (1e-3, 100),
-    "reward.members": (1, 16), "pipeline.rounds": (1, 10), "model.context": (8, 1 << 20), "model.vocab_size": (261, 1 << 20),
+    "reward.members": (1, 16), "reward.flip_rate": (0, 1),
+    "pipeline.rounds": (1, 10), "model.context": (8, 1 << 20), "model.vocab_size": (261, 1 << 20),
     "data.max_prompt_tokens": (1, 1 << 20), "data.max_completion_tokens": (2, 1 << 20),
 }
 POSITIVE = (

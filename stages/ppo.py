@@ -3,13 +3,15 @@
     python -m stages.ppo --config configs/quickstart.yaml [ppo.kl_coef=0.2 ...]
     accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.ppo
 
-Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text.
+Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text
+(with ppo.ema_decay the model is the average, and RUN/ppo/model_last the last weights).
 One step: sample completions; score them; old log-probabilities, reference log-probabilities and values in one pass over the rows; rewards
 = -kl_coef·KL per token + score at the end; advantages by GAE, whitened; a few epochs of clipped updates. What is random follows from
 (seed, step), so a resumed run goes on as if it had never stopped.
 Simplified on purpose: every process holds the whole rollout (ids and a few floats a token), which makes one process and many the same.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -125,6 +127,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
                                 kl_coef=state["kl_coef"], bad_rollouts=state["bad_rollouts"])
 
     if average is not None:
+        _save_last(stage, accelerator.unwrap_model(model).policy, encoder)
         average.copy_to_model()
     final = _evaluation(roll(held_out, 0, 0)[3])
     stage.log(settings.rollouts, **final)
@@ -163,6 +166,14 @@ def _prompts_of_step(prompts: list, step: int, batch_size: int, seed: int) -> li
             order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
         picked.append(prompts[order[index]])
     return picked
+
+
+def _save_last(stage, policy, encoder) -> None:
+    """The last step's weights, beside the average that takes their place as the stage's model (CANON E1, P10)."""
+    if stage.main:
+        with replacing_folder(stage.folder / "model_last") as folder:
+            # saving merges LoRA adapters for good, and these are still needed
+            save_model(copy.deepcopy(policy) if hasattr(policy, "merge_and_unload") else policy, encoder, folder)
 
 
 def _update_settings(settings, step: int) -> UpdateSettings:

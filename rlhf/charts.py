@@ -18,7 +18,7 @@ from rlhf.paths import PACKAGE
 
 INK = "ink"  # text, axes and grid: the page's own text colour
 SLOTS = (INK, "pretrained", "sft", "best-of", "ppo", "extra-1", "extra-2", "extra-3")
-KNOWN_SLOTS = {"pretrained": "pretrained", "sft": "sft", "ppo": "ppo", "ppo_ema": "extra-1"}
+KNOWN_SLOTS = {"pretrained": "pretrained", "sft": "sft", "ppo": "ppo", "ppo_last": "extra-1"}
 
 WIDTH, HEIGHT = 3.4, 2.1  # inches; small, so that 8-point text stays legible where a phone shows the whole chart
 STYLE = {

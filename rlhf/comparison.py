@@ -19,18 +19,21 @@ MIN_EOS_RATE = 0.98
 MIN_DISTINCT_RATIO = 0.8
 MAX_KL_NATS = 25.0
 
-# (a, b): each is reported when both policies answered. The last two are sanity rows (CANON E5).
+# (a, b): each is reported when both policies answered. The last three are sanity rows (CANON E5).
 PAIRS = (
     ("ppo", "sft"),
     ("ppo", "best_of_4"),
     ("best_of_4", "sft"),
-    ("ppo_ema", "sft"),
-    ("ppo_ema", "ppo"),
+    ("ppo_last", "sft"),
+    ("ppo", "ppo_last"),
     ("sft", "pretrained"),
+    ("sft", "untrained"),
     ("sft_again", "sft"),
     ("sft", "sft"),
 )
-LABELS = {"ppo": "PPO", "sft": "SFT", "ppo_ema": "PPO (EMA)", "sft_again": "SFT, drawn again"}
+SANITY = ("sft_again", "untrained")  # policies that answer for those rows alone
+LABELS = {"ppo": "PPO", "sft": "SFT", "ppo_last": "PPO, last weights", "sft_again": "SFT, drawn again"}
+MIN_AGAINST_UNTRAINED = 0.9  # win rate; about 1 is due
 
 PairJudge = Callable[[object, str, str], float]
 
@@ -65,6 +68,11 @@ def label(policy: str) -> str:
         return LABELS[policy]
     words = policy.replace("_", " ")
     return words[:1].upper() + words[1:]
+
+
+def is_sanity(a: str, b: str) -> bool:
+    """True for a comparison whose result is known beforehand: one half of a policy with itself, about one against an untrained model."""
+    return a in (b, *SANITY) or b in SANITY
 
 
 def kl_best_of_n(n: int) -> float:
@@ -224,7 +232,7 @@ def summarise(
         "policies": {policy: _describe(policy, answers) for policy, answers in columns.items()},
         "comparisons": compared,
         "by_family": _by_family(samples, policies),
-        "sanity": {f"{a}_vs_{b}": row["win_rate"] for (a, b), row in zip(pairs, compared, strict=True) if a in (b, "sft_again")},
+        "sanity": {f"{a}_vs_{b}": row["win_rate"] for (a, b), row in zip(pairs, compared, strict=True) if is_sanity(a, b)},
     }
 
 
@@ -304,7 +312,7 @@ def _by_family(samples: list[dict], policies: Sequence[str]) -> dict:
 
 def main_comparison(summary: dict) -> dict | None:
     """The comparison that the verdict is about: ppo against sft, or else the first of two different policies; None without one."""
-    real = [row for row in summary["comparisons"] if row["a"] != row["b"]]
+    real = [row for row in summary["comparisons"] if not is_sanity(row["a"], row["b"])]
     return next((row for row in real if (row["a"], row["b"]) == ("ppo", "sft")), real[0] if real else None)
 
 
@@ -374,9 +382,14 @@ def _length_caveats(ratio: float | None, row: dict, name: str, other: str) -> li
 
 
 def _sanity_caveats(summary: dict) -> list[str]:
-    rows = [row for row in summary["comparisons"] if row["a"] in (row["b"], "sft_again")]
-    wrong = [row for row in rows if not row["ci95"][0] <= 0.5 <= row["ci95"][1]]
-    return [f"Sanity: {label(row['a'])} against {label(row['b'])} gives {row['win_rate']:.2f} where 0.50 is due." for row in wrong]
+    found = []
+    for row in summary["comparisons"]:
+        if row["b"] == "untrained":
+            wrong, due = row["win_rate"] < MIN_AGAINST_UNTRAINED, "about 1"
+        else:
+            wrong, due = is_sanity(row["a"], row["b"]) and not row["ci95"][0] <= 0.5 <= row["ci95"][1], "0.50"
+        found += [f"Sanity: {label(row['a'])} against {label(row['b'])} gives {row['win_rate']:.2f} where {due} is due."] if wrong else []
+    return found
 
 
 def verdict(summary: dict) -> str:

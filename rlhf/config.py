@@ -109,6 +109,7 @@ class Reward:
     lr: float = setting(2e-4, "peak learning rate; warm-up over 3 percent, then linear to 0")
     normalise_prompts: int = setting(256, "prompts whose SFT samples set the normalisation to mean 0, standard deviation 1")
     ties: str = setting("drop", "drop, or half: a tied pair counts with label one half")
+    flip_rate: float = setting(0.0, "share of the training rankings turned round before training, 0 to 1: label noise for experiments")
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,16 @@ class Ppo:
 
 @dataclass(frozen=True)
 class Compare:
-    policies: list[str] = setting(["pretrained", "sft", "best_of_4", "ppo"], "who answers; best_of_N: of N SFT answers the reward model's choice")
+    policies: list[str] = setting(["pretrained", "sft", "best_of_4", "ppo"],
+                                  "who answers; best_of_N: of N SFT answers the reward model's choice; besides sft_again (a second draw), untrained "
+                                  "(SFT's shape, fresh weights), ppo_last (the last weights where ppo.ema_decay is set)")
     prompts: int = setting(500, "held-out prompts")
-    judge: str = setting("auto", "gold, judge (a reward model of its own on kept-apart prompts), proxy, or a folder; auto: the first there is")
+    judge: str = setting("auto", "gold, judge (a reward model of its own on kept-apart prompts), proxy, a reward model's folder, or "
+                               "module:function, a judge f(prompt, first, second) -> above 0 where first is better; auto: the first at hand")
     temperature: float = setting(1.0, "sampling temperature of every policy")
     batch_size: int = setting(500, "completions sampled together")
+    shots: list[int] = setting([], "solved examples in front of tasks of the embedded world, such as [0, 1, 4]: how each policy learns in context")
+    shot_tasks: int = setting(200, "tasks for compare.shots")
 
 
 @dataclass(frozen=True)
@@ -287,10 +293,8 @@ def _coerce(value, wanted, name: str, where: str):
     if value is None and type(None) in options:
         return None
     kind = next(o for o in options if o is not type(None))
-    if typing.get_origin(kind) is list and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return list(value)
-    if typing.get_origin(kind) is list and isinstance(value, str):
-        return [value]
+    if typing.get_origin(kind) is list and isinstance(value, (list, str, int)):
+        return [_coerce(v, typing.get_args(kind)[0], name, where) for v in (value if isinstance(value, list) else [value])]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         values_kind = typing.get_args(kind)[1]
         return {str(k): str(v) if values_kind is str else _coerce(v, values_kind, f"{name}[{k}]", where) for k, v in value.items()}
@@ -320,7 +324,8 @@ RANGES = {  # lowest and highest legal value
     "collect.k": (2, 9), "world.flaw_rate": (0, 1), "world.text_flaw_rate": (0, 1), "world.agreement": (0.5, 1),
     "data.eval_fraction": (0, 0.5), "data.test_fraction": (0, 0.5), "data.judge_fraction": (0, 0.9), "ppo.lam": (0, 1), "ppo.gamma": (0, 1),
     "ppo.ema_decay": (0, 1), "ppo.temperature": (1e-3, 100), "compare.temperature": (1e-3, 100), "collect.temperature": (1e-3, 100),
-    "reward.members": (1, 16), "pipeline.rounds": (1, 10), "model.context": (8, 1 << 20), "model.vocab_size": (261, 1 << 20),
+    "reward.members": (1, 16), "reward.flip_rate": (0, 1),
+    "pipeline.rounds": (1, 10), "model.context": (8, 1 << 20), "model.vocab_size": (261, 1 << 20),
     "data.max_prompt_tokens": (1, 1 << 20), "data.max_completion_tokens": (2, 1 << 20),
 }
 POSITIVE = (
@@ -330,8 +335,9 @@ POSITIVE = (
     "reward.normalise_prompts", "ppo.rollouts", "ppo.batch_size", "ppo.minibatches", "ppo.epochs", "ppo.microbatch_tokens", "ppo.lr",
     "ppo.value_lr", "ppo.eval_every", "ppo.save_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts", "compare.batch_size",
     "run.save_every", "run.keep_checkpoints", "ppo.clip", "ppo.value_clip", "ppo.max_grad_norm", "ppo.kl_target", "ppo.target_kl",
-    "pipeline.early_rollouts",
+    "pipeline.early_rollouts", "compare.shot_tasks",
 )
+MOST_SHOTS = 16  # the smallest families of the world have few more arguments
 NOT_NEGATIVE = (
     "run.threads", "model.lora_rank", "world.documents", "world.demonstrations", "world.prompts", "world.test_prompts", "pretrain.weight_decay",
     "sft.lm_loss_weight", "ppo.warmup_rollouts", "ppo.kl_coef", "ppo.value_coef", "ppo.ptx_coef", "ppo.uncertainty_coef",
@@ -357,6 +363,8 @@ def _check(config: Config) -> None:
     for name, value in {**values, **entries}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name}: found {value}, wanted a finite number")
+    if not all(0 <= shots <= MOST_SHOTS for shots in config.compare.shots):
+        raise InputError(f"compare.shots: found {config.compare.shots}, wanted numbers from 0 to {MOST_SHOTS}")
     for source, weight in config.ppo.mix.items():
         if weight == 0:
             raise InputError(f"ppo.mix[{source}]: found weight 0, which scores for nothing; leave the source out or give it a weight")

@@ -89,6 +89,14 @@ def load_policy(source: str, encoder: Encoder, attention: str, trust_remote_code
     return _fit(model, encoder)
 
 
+def untrained_policy(source: str, encoder: Encoder, attention: str, seed: int, trust_remote_code: bool = False):
+    """A causal LM of the shape of the one at `source` with weights drawn anew: what learning nothing looks like (CANON E5)."""
+    config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
+    torch.manual_seed(seed)
+    return _fit(AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code),
+                encoder)
+
+
 def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remote_code: bool = False):
     """A sequence classifier with one output in fp32 without dropout; its head stays in fp32 under autocast. Raises InputError.
 

@@ -20,7 +20,20 @@ FILL_STEP = 16  # answers in a large batch are a multiple of this
 
 def judge_share(prompt_id: str, fraction: float) -> bool:
     """True for the `fraction` of prompts (0 to 1, by hash) whose rankings are kept for the judge and never seen by the reward model."""
-    return int.from_bytes(hashlib.sha256(b"judge" + prompt_id.encode()).digest()[:8], "big") / 2**64 < fraction
+    return _in_share("judge", prompt_id, fraction)
+
+
+def with_flips(rows: list[dict], flip_rate: float) -> list[dict]:
+    """The rows with the ranks of a share of them (0 to 1, by hash of the prompt) turned round, so that as large a share of all pairs is wrong.
+
+    Label noise for experiments (CANON R7; Coste, section 4); what else a row holds, its gold scores too, stays as it was.
+    """
+    return [{**row, "ranks": [max(row["ranks"]) + 1 - rank for rank in row["ranks"]]} if _in_share("flip", row["id"], flip_rate) else row
+            for row in rows]
+
+
+def _in_share(salt: str, prompt_id: str, fraction: float) -> bool:
+    return int.from_bytes(hashlib.sha256((salt + prompt_id).encode()).digest()[:8], "big") / 2**64 < fraction
 
 
 def encode_rankings(rows, encoder, max_prompt_tokens: int, max_completion_tokens: int, ties: str) -> tuple[list[dict], int]:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from rlhf import charts
 from rlhf.alarms import history
-from rlhf.comparison import caveats, headline, label, length_ratio, main_comparison
+from rlhf.comparison import SANITY, caveats, headline, is_sanity, label, length_ratio, main_comparison
 
 HERE = Path(__file__).resolve().parent
 N_SAMPLES = 20
@@ -54,6 +54,11 @@ COLUMNS = (
 )
 
 
+IN_CONTEXT = ("Tasks of the embedded world with solved examples of the same kind in front. Right: the share of answers that are correct, whatever "
+              "their form. Against SFT: difference of the gold score with as many examples; below zero it is what alignment costs.")
+IN_CONTEXT_HEADS = ["policy", "examples", "gold score", "right", "against SFT", "95 % interval"]
+
+
 def write_report(folder: Path, summary: dict, samples: list[dict], curves: dict[str, list[dict]], title: str) -> None:
     """Write ``report.md`` and ``report.html`` into ``folder``, each beside and renamed into place; the same input gives the same bytes.
 
@@ -74,8 +79,9 @@ def _write(path: Path, text: str) -> None:
 def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], title: str) -> dict:
     """Everything the two documents show, as plain values in the order of the page."""
     slots = charts.slots_of(list(summary["policies"]))
+    real = {name: slot for name, slot in slots.items() if name not in SANITY}  # the others are there for one figure
     columns = _columns(summary)
-    shown = [_sample(row, summary, slots) for row in pick_samples(samples, summary)]
+    shown = [_sample(row, summary, real) for row in pick_samples(samples, summary)]
     return {
         "title": title,
         "headline": headline(summary),
@@ -84,16 +90,18 @@ def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], t
         "columns": [{"heading": heading, "meaning": meaning} for _, heading, _, meaning in columns],
         "policies": _policy_rows(summary, columns, slots),
         "comparisons": [_comparison_row(row, slots) for row in summary["comparisons"]],
+        "in_context": _in_context_rows(summary, slots),
         "over_optimisation": _over_optimisation(summary, curves.get("ppo", []), slots),
         "families": _family_rows(summary),
         "family_policies": [{"label": label(name), "slot": slots[name]} for name in ("sft", "ppo") if name in slots],
-        "histograms": _histograms(summary, samples, slots),
+        "histograms": _histograms(summary, samples, real),
         "stages": [stage for name, rows in curves.items() if (stage := _stage(name, rows))["charts"]],
         "samples": shown,
         "winners": sorted({sample["winner"] for sample in shown}),
         "sample_families": sorted({sample["family"] for sample in shown} - {""}),
         "n_prompts": summary["n_prompts"],
         "judge": summary["judge"],
+        "in_context_note": IN_CONTEXT,
         "method": _method(summary),
         "run": _flat(summary.get("run", {})),
     }
@@ -129,7 +137,7 @@ def _comparison_row(row: dict, slots: dict[str, str]) -> dict:
         "a": label(row["a"]),
         "b": label(row["b"]),
         "slot": slots[row["a"]],
-        "sanity": row["a"] in (row["b"], "sft_again"),
+        "sanity": is_sanity(row["a"], row["b"]),
         "win_rate": _number(row["win_rate"], 3),
         "interval": f"{low:.3f} to {high:.3f}",
         "left": f"{100 * low:.2f}%",
@@ -139,6 +147,19 @@ def _comparison_row(row: dict, slots: dict[str, str]) -> dict:
         "decided": _number(row.get("decided_win_rate"), 3),
         "controlled": _number(row["length_controlled_win_rate"], 3),
     }
+
+
+def _in_context_rows(summary: dict, slots: dict[str, str]) -> list[dict]:
+    """A row for each policy and number of solved examples (CANON E6); none where compare.shots was empty."""
+    rows = []
+    for row in summary.get("in_context", {}).get("rows", []):
+        low, high = row.get("ci95", (None, None))
+        rows.append({
+            "label": label(row["policy"]), "slot": slots[row["policy"]], "shots": str(row["shots"]), "gold": _number(row["gold_mean"], 3),
+            "correct": _number(row["correct_mean"], 3), "change": _number(row.get("against_sft"), 3),
+            "interval": _number(None, 3) if low is None else f"{_number(low, 3)} to {_number(high, 3)}",
+        })  # fmt: skip
+    return rows
 
 
 def _family_rows(summary: dict) -> list[dict]:
@@ -377,6 +398,8 @@ def _markdown_tables(page: dict) -> list[str]:
     keys = ("win_rate", "interval", "counts", "decided", "controlled")
     compared = [[f"{row['a']} against {row['b']}", *(row[key] for key in keys)] for row in page["comparisons"]]
     parts += ["## Comparisons", _table(heads, compared)] if compared else []
+    shots = [[row[key] for key in ("label", "shots", "gold", "correct", "change", "interval")] for row in page["in_context"]]
+    parts += ["## In-context learning", _plain(IN_CONTEXT), _table(IN_CONTEXT_HEADS, shots)] if shots else []
     families = [[row["family"], row["n"], row["sft"], row["ppo"], row["change"]] for row in page["families"]]
     parts += ["## Gold score by family", _table(["family", "prompts", "SFT", "PPO", "change"], families)] if families else []
     return parts

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import SupportsFloat
 
 import torch
 
@@ -91,6 +92,18 @@ class MixScorer:
         return scores_SB.sum(0)
 
 
+def _imported(name: str, named: str) -> Callable:
+    """The function at `name` (module:function), `named` in messages. Raises InputError when there is none."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise InputError(f"{named}: found no ':', wanted module:function")
+    sys.path.insert(0, str(Path.cwd()))  # a module beside the user's config, as `python -m` would find it
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{named}: {error}; wanted a function importable from the working directory") from None
+
+
 class CallableScorer:
     """Scores by a Python function f(prompts, completions) -> list of float; prompts are the last user turns, both as text.
 
@@ -98,15 +111,8 @@ class CallableScorer:
     """
 
     def __init__(self, name: str, setting: str = "ppo.score"):
-        module, colon, function = name.partition(":")
         self.named = f"{setting} names {name!r}"
-        if not colon:
-            raise InputError(f"{self.named}: found no ':', wanted module:function")
-        sys.path.insert(0, str(Path.cwd()))  # a module beside the user's config, as `python -m` would find it
-        try:
-            self.function = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"{self.named}: {error}; wanted a function importable from the working directory") from None
+        self.function = _imported(name, self.named)
 
     def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
         texts = [policy_encoder.decode(c) for c in completions]
@@ -118,6 +124,26 @@ class CallableScorer:
         if len(scores) != len(texts):
             raise InputError(f"{self.named}, which returned {len(scores)} scores for {len(texts)} completions; wanted one each")
         return torch.tensor(scores)
+
+
+class CallableJudge:
+    """A judge of two answers by a Python function f(prompt, first, second), above 0 where the first is better (`rlhf.comparison.verdicts`).
+
+    The prompt is the last user turn; the same question is asked once. Raises InputError for what is not there or returns something else.
+    """
+
+    def __init__(self, name: str, setting: str = "compare.judge"):
+        self.named = f"{setting} names {name!r}"
+        self.function, self._said = _imported(name, self.named), {}
+
+    def __call__(self, messages: list[dict], first: str, second: str) -> float:
+        question = (messages[-1]["content"], first, second)
+        if question not in self._said:
+            answer = self.function(*question)
+            if isinstance(answer, str) or not isinstance(answer, SupportsFloat):
+                raise InputError(f"{self.named}, which returned {answer!r}; wanted a number, above 0 where the first answer is better")
+            self._said[question] = float(answer)
+        return self._said[question]
 
 
 def member_folders(stage: Path, members: int) -> list[Path]:

@@ -4,8 +4,9 @@
 
 Reads RUN/data/prompts/test.jsonl and the models of the stages named in compare.policies. Leaves RUN/compare/{report.html, report.md,
 summary.json, samples.jsonl}. The judge is the gold score of the embedded world, a reward model of its own on prompts that stage 2 never
-saw, or (said in the report's first line) the training reward.
+saw, a function of yours that is shown two answers in both orders, or (said in the report's first line) the training reward.
 Each policy is sampled at compare.temperature; best_of_N takes the SFT model's N answers and keeps the one the reward model likes best.
+With compare.shots each policy of its own weights also answers tasks of the embedded world after so many solved examples (rlhf/in_context.py).
 """
 
 import re
@@ -13,19 +14,20 @@ import sys
 from pathlib import Path
 
 from rlhf.cli import run_stage
-from rlhf.comparison import summarise, verdict
+from rlhf.comparison import SANITY, PairJudge, summarise, verdict, verdicts
 from rlhf.compute import describe, gather_rows, my_share, start
 from rlhf.config import Config
 from rlhf.errors import InputError
+from rlhf.in_context import draw_tasks, in_context_scores, summarise_in_context, tasks_that_fit
 from rlhf.jsonl import read_jsonl, write_json, write_jsonl
-from rlhf.models import attention_kernel, backbone, load_encoder, load_policy
+from rlhf.models import attention_kernel, backbone, load_encoder, load_policy, longest_row, untrained_policy
 from rlhf.passes import logprob_sums
 from rlhf.progress import say
 from rlhf.prompts import Prompt, gold_scores, load_prompts
 from rlhf.report import write_report
 from rlhf.runs import open_stage, source_commit, versions
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import Scorer, load_scorer, member_folders
+from rlhf.scoring import CallableJudge, Scorer, load_scorer, member_folders
 
 BEST_OF = re.compile(r"best_of_(\d+)")
 
@@ -46,22 +48,30 @@ def main(config: Config) -> None:
     say(f"compare: {describe(accelerator)}; {len(prompts)} held-out prompts x {', '.join(settings.policies)}")
 
     def load(source: str):
-        return load_policy(source, encoder, attention, config.model.trust_remote_code).to(accelerator.device).eval()
+        if source == "untrained":
+            policy = untrained_policy(str(run / "sft" / "model"), encoder, attention, config.seed, config.model.trust_remote_code)
+        else:
+            policy = load_policy(source, encoder, attention, config.model.trust_remote_code)
+        return policy.to(accelerator.device).eval()
 
     sft = load(str(run / "sft" / "model"))
     folders = member_folders(run / "reward", config.reward.members)
     proxy = load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, accelerator.device)
-    answers = {}
+    tasks, answers, in_context = _tasks(config, encoder, longest_row(sft)), {}, {}
     for place, name in enumerate(settings.policies):
         best_of = BEST_OF.fullmatch(name)
         policy = sft if sources[name] == "sft" else load(sources[name])
         answers[name] = _answers(config, accelerator, policy, sft, encoder, proxy, prompts, int(best_of[1]) if best_of else 1, place)
+        if tasks and not best_of and name not in SANITY:
+            in_context[name] = {shots: _in_context(config, accelerator, policy, encoder, tasks, shots) for shots in settings.shots}
         say(f"compare: {name} answered")
-    judge, scores = _judge(config, accelerator, attention, encoder, prompts, answers)
+    judge, scores, pair_judge = _judge(config, accelerator, attention, encoder, prompts, answers)
     if not stage.main:
         return
     samples = _samples(prompts, answers, scores, judge)
-    summary = summarise(samples, judge, settings.policies, proxy_is_judge=judge == "proxy")
+    summary = summarise(samples, judge, settings.policies, proxy_is_judge=judge == "proxy", pair_judge=pair_judge)
+    if in_context:
+        summary["in_context"] = summarise_in_context(in_context)
     summary["run"] = {"config": config.run.dir, "seed": config.seed, "commit": source_commit(), "temperature": settings.temperature,
                       "max_completion_tokens": config.data.max_completion_tokens, "versions": versions()}
     write_jsonl(stage.folder / "samples.jsonl", samples)
@@ -73,15 +83,20 @@ def main(config: Config) -> None:
 
 
 def _source(config: Config, name: str) -> str:
-    """Where the policy `name` lies: "sft" for SFT and best_of_N, else a model folder or hub id. Raises InputError."""
-    if name == "sft" or BEST_OF.fullmatch(name):
+    """Where the policy `name` lies: "sft" for SFT and what draws from it, "untrained", else a model folder or hub id. Raises InputError."""
+    if name in ("sft", "sft_again") or BEST_OF.fullmatch(name):
         return "sft"
+    if name == "untrained":
+        return name
     if name == "pretrained":
         return backbone(config)
-    folder = Path(config.run.dir) / name / "model"
+    folder = Path(config.run.dir) / ("ppo/model_last" if name == "ppo_last" else f"{name}/model")
     if not (folder.parent / "DONE").is_file():
-        raise InputError(f"compare.policies names {name}, and {folder.parent} holds no finished stage; run `python -m stages.{name}` first, "
-                         f"or leave {name} out")
+        raise InputError(f"compare.policies names {name}, and {folder.parent} holds no finished stage; run `python -m stages.{folder.parent.name}` "
+                         f"first, or leave {name} out")
+    if not folder.is_dir():
+        raise InputError(f"compare.policies names {name}, and {folder} is not there: ppo.ema_decay was 0, so ppo is what ppo_last would be; "
+                         f"leave {name} out")
     return str(folder)
 
 
@@ -110,27 +125,60 @@ def _answers(config, accelerator, policy, sft, encoder, proxy: Scorer, prompts: 
     return gather_rows(accelerator, rows)
 
 
-def _judge(config: Config, accelerator, attention, encoder, prompts, answers) -> tuple[str, dict]:
-    """The judge's name and its scores by policy. Raises InputError for a judge that is not there."""
+def _tasks(config: Config, encoder, room: int | None) -> list:
+    """The tasks for compare.shots that leave room for an answer among the policy's positions; none without shots. Raises InputError."""
+    settings = config.compare
+    if not settings.shots:
+        return []
+    drawn = draw_tasks(settings.shot_tasks, max(settings.shots), config.seed)
+    kept = tasks_that_fit(drawn, encoder, None if room is None else room - config.data.max_completion_tokens)
+    if not kept:
+        raise InputError(f"compare.shots={settings.shots}: no task has room for {max(settings.shots)} examples among the policy's {room} positions; "
+                         "ask for fewer")
+    say(f"compare: {len(kept)} of {len(drawn)} tasks of the embedded world with {', '.join(map(str, settings.shots))} solved examples")
+    return kept
+
+
+def _in_context(config: Config, accelerator, policy, encoder, tasks: list, shots: int) -> list[dict]:
+    """The grades of a policy's answers to the tasks (CANON E6); every policy and number of shots gets the same random numbers."""
+    uniforms_BC = my_share(accelerator, draw_uniforms(len(tasks), config.data.max_completion_tokens, config.seed, 6))
+    with accelerator.autocast():
+        grades = in_context_scores(policy, my_share(accelerator, tasks), shots, encoder, uniforms_BC, config.compare.temperature,
+                                   config.compare.batch_size)
+    return gather_rows(accelerator, grades)
+
+
+def _judge(config: Config, accelerator, attention, encoder, prompts, answers) -> tuple[str, dict, PairJudge | None]:
+    """The judge's name, its scores by policy, and the judge itself where it compares two answers. Raises InputError for one not there."""
     run, wanted = Path(config.run.dir), config.compare.judge
     gold = {name: gold_scores(prompts, [a["text"] for a in rows]) for name, rows in answers.items()}
     has_gold = all(scores is not None for scores in gold.values())
     if wanted == "auto":
         wanted = "gold" if has_gold else "judge" if (run / "judge" / "DONE").is_file() else "proxy"
     if wanted == "proxy":
-        return "proxy", {name: [a["proxy"] for a in rows] for name, rows in answers.items()}
+        return "proxy", {name: [a["proxy"] for a in rows] for name, rows in answers.items()}, None
     if wanted == "gold":
         if not has_gold:
             raise InputError("compare.judge=gold: these prompts are not of the embedded world, so no gold score exists; use judge, proxy or a folder")
-        return "gold", gold
+        return "gold", gold, None
+    if ":" in wanted and not Path(wanted).is_dir():
+        pair_judge = CallableJudge(wanted)
+        return wanted, _against_one(pair_judge, prompts, answers), pair_judge
     folder = run / "judge" / "model" if wanted == "judge" else Path(wanted)
     if not folder.is_dir():
         raise InputError(f"compare.judge={wanted}: {folder} is not there. The reward stage makes a judge when data.judge_fraction is above 0; "
-                         "a reward model's folder may be named instead")
+                         "a reward model's folder or a function (module:function) may be named instead")
     scorer = load_scorer([folder], "mean", 0.0, attention, accelerator.device)
     messages = [p.messages for p in prompts]
     with accelerator.autocast():
-        return wanted, {name: scorer(messages, [a["ids"] for a in rows], encoder).tolist() for name, rows in answers.items()}
+        return wanted, {name: scorer(messages, [a["ids"] for a in rows], encoder).tolist() for name, rows in answers.items()}, None
+
+
+def _against_one(pair_judge: PairJudge, prompts: list[Prompt], answers: dict) -> dict[str, list[float]]:
+    """Scores from a judge that only compares: 1, 1/2 or 0 for an answer against SFT's (or the first policy's), in both orders."""
+    base = [a["text"] for a in answers["sft" if "sft" in answers else next(iter(answers))]]
+    messages = [p.messages for p in prompts]
+    return {name: verdicts(pair_judge, messages, [a["text"] for a in rows], base).outcomes.tolist() for name, rows in answers.items()}
 
 
 def _samples(prompts: list[Prompt], answers: dict, scores: dict, judge: str) -> list[dict]:

@@ -3,14 +3,16 @@
     python -m stages.ppo --config configs/quickstart.yaml [ppo.kl_coef=0.2 ...]
     accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.ppo
 
-Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text; and, where
-an evaluation on held-out prompts liked earlier weights better, those in RUN/ppo/best (ppo.hand_over=best: as RUN/ppo/model).
+Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text; with
+ppo.ema_decay the model is the average, and RUN/ppo/model_last the last weights; where an evaluation on held-out prompts liked earlier weights
+better, those are in RUN/ppo/best (ppo.hand_over=best: as RUN/ppo/model).
 One step: sample completions; score them; old log-probabilities, reference log-probabilities and values in one pass over the rows; rewards
 = -kl_coef·KL per token + score at the end; advantages by GAE, whitened; a few epochs of clipped updates. What is random follows from
 (seed, step), so a resumed run goes on as if it had never stopped.
 Simplified on purpose: every process holds the whole rollout (ids and a few floats a token), which makes one process and many the same.
 """
 
+import copy
 import math
 import sys
 from pathlib import Path
@@ -104,6 +106,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
                 save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, kept, **{name: state[name] for name in CARRIED})
 
     if average is not None:
+        if stage.main:  # CANON E1, P10: the average takes their place as the stage's model
+            _save(copy.deepcopy(learner.policy), encoder, stage.folder / "model_last")  # a copy: saving merges LoRA's adapters for good
         average.copy_to_model()
     final = evaluate(settings.rollouts)
     stage.log(settings.rollouts, **final)
@@ -112,7 +116,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     elif stage.main and state["best_rollout"] < settings.rollouts:
         _save(_best_policy(config, encoder, best), encoder, stage.folder / "best")
     if stage.main:
-        _save(accelerator.unwrap_model(model).policy, encoder, stage.model)
+        _save(learner.policy, encoder, stage.model)
     say(f"ppo: on {len(held_out)} held-out prompts score {final['eval_score_mean']:.2f} at KL {final['eval_kl']:.1f} nats; model in {stage.model}")
     say(f"ppo: held-out score less the price of KL is {final['eval_objective']:.2f} at the end, at best {state['best_objective']:.2f} after "
         f"{state['best_rollout']} of {settings.rollouts} rollouts; handed over: the {settings.hand_over}")
@@ -123,9 +127,9 @@ def _best_policy(config: Config, encoder, best: MovingAverage):
     """The best weights in a model of their own, on the CPU."""
     policy = load_policy(str(Path(config.run.dir) / "sft" / "model"), encoder, attention_kernel(config.model.attention, "cpu"))
     policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
-    copy = MovingAverage(policy, 0.0)
-    copy.load_state_dict(best.state_dict())
-    copy.copy_to_model()
+    weights = MovingAverage(policy, 0.0)
+    weights.load_state_dict(best.state_dict())
+    weights.copy_to_model()
     return policy
 
 

@@ -23,7 +23,7 @@ from rlhf.jsonl import read_jsonl, replacing_folder, write_json
 from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, load_reward_model, parameter_count, save_model
 from rlhf.progress import say
 from rlhf.prompts import load_prompts
-from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation
+from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation, with_flips
 from rlhf.runs import Stage, file_digest, open_stage
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import RewardModelScorer, check_length, member_folders, raw_scores
@@ -81,6 +81,8 @@ def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> lis
     """Encoded rankings of a split, of the prompts that are this stage's to learn from. Raises InputError when none is left to train on."""
     limits, training = config.data, path.stem == "train"
     rows = [row for row in read_jsonl(path) if not training or judge_share(row["id"], limits.judge_fraction) == (stage.name == "judge")]
+    if training and stage.name == "reward":
+        rows = with_flips(rows, config.reward.flip_rate)
     kept, dropped = encode_rankings(rows, encoder, limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties)
     if dropped:
         say(f"{stage.name}: {dropped:,} of {len(rows):,} {path.stem} rankings left out: longer than data.max_prompt_tokens="

@@ -58,14 +58,10 @@ LINES = {  # our short wording; the full text with its sources is the project's 
     "E6": "few-shot scores before and after alignment",
 }
 
-NOT_YET = {
-    "E6": "there is no few-shot evaluation: the quickstart's GPT is too small to learn from examples in its prompt, and for larger backbones "
-          "nobody has written it",
-}
-PARTLY = {
-    "E1": "the moving average replaces PPO's last weights; compare cannot show both",
-    "E3": "the judges that compare offers score one answer at a time; a judge of pairs can only be given from Python",
-    "E5": "SFT is compared with itself on the same samples; a second draw, and an untrained model, are not among compare's policies",
+NOT_YET: dict[str, str] = {}
+PARTLY: dict[str, str] = {
+    "E5": "by default SFT is compared with itself on the same samples; a second draw and an untrained model are policies to ask for",
+    "E6": "off by default (compare.shots)",
 }
 
 _CODE = re.compile(r"\b([BRSPAE])(\d+)(?:-\1?(\d+))?\b")

@@ -6,6 +6,7 @@ import math
 import torch
 from accelerate import Accelerator
 
+from rlhf.compute import my_share
 from rlhf.encoding import Encoder
 from rlhf.models import add_lora, new_gpt, train_tokenizer
 from rlhf.passes import PolicyAndValue, ValueModel
@@ -98,9 +99,10 @@ def some_prompts(encoder: Encoder, count: int) -> list[list[int]]:
 
 def collect(accelerator, model, ref_policy, encoder, prompts, score, seed=1, limit=8, temperature=1.0, kl_coef=0.05, lam=0.95,
             budget=200) -> Rollout:
-    """A rollout as stages/ppo.py makes it; `score` is a function of the completions' ids."""
-    inner = accelerator.unwrap_model(model)
-    completions = sample(inner.policy, prompts, draw_uniforms(len(prompts), limit, seed), encoder, temperature, len(prompts))
+    """A rollout as stages/ppo.py makes it, all processes together; `score` is a function of the completions' ids."""
+    inner, uniforms_BC = accelerator.unwrap_model(model), my_share(accelerator, draw_uniforms(len(prompts), limit, seed))
+    prompts = my_share(accelerator, prompts)
+    completions = sample(inner.policy, prompts, uniforms_BC, encoder, temperature, len(prompts))
     ref_logprobs = reference(ref_policy, inner.policy, temperature, accelerator.autocast)
     pairs = list(zip(prompts, completions, strict=True))
     tokens = evaluate_tokens(model, ref_logprobs, pairs, encoder.pad_id, temperature, budget, accelerator.device)

@@ -1,6 +1,6 @@
-"""One rollout and one update with as many processes as it is launched with; test_ppo.py compares one process with two.
+"""PPO with as many processes as it is launched with; test_ppo.py compares one process with two.
 
-    python -m tests.processes OUT            or            accelerate launch --config_file configs/accelerate/cpu-2.yaml -m tests.processes OUT
+    python -m tests.processes OUT KIND       or       accelerate launch --config_file configs/accelerate/cpu-2.yaml -m tests.processes OUT KIND
 """
 
 import dataclasses
@@ -8,11 +8,10 @@ import sys
 
 import torch
 
-from rlhf.compute import my_share
+from rlhf.optimizers import linear_lr, set_lr
 from rlhf.ppo import update
-from rlhf.rollout import evaluate_tokens, make_rollout, reference
-from rlhf.sampling import draw_uniforms, sample
-from tests.helpers import cpu, nano, policy_and_value, settings, some_prompts, tiny_encoder
+from rlhf.value import ppo_optimizer
+from tests.helpers import collect, cpu, nano, policy_and_value, settings, some_prompts, tiny_encoder
 
 
 class KeepsGradients:
@@ -28,23 +27,43 @@ class KeepsGradients:
         self.model.zero_grad(set_to_none=True)
 
 
-def main(out: str, kind: str) -> None:
-    torch.set_num_threads(1)
-    accelerator, encoder = cpu(), tiny_encoder()
+def mean_id(completion: list[int]) -> float:
+    """A score that differs from completion to completion."""
+    return sum(completion) / len(completion) / 100
+
+
+def one_update(accelerator, kind: str) -> dict:
+    """A rollout, and the gradients and figures of an update on it."""
+    encoder = tiny_encoder()
     prompts, inner = some_prompts(encoder, 12), policy_and_value(encoder, kind)
     model = accelerator.prepare(inner)
-    mine, first = my_share(accelerator, prompts), 12 * accelerator.process_index // accelerator.num_processes
-    completions = sample(inner.policy, mine, draw_uniforms(12, 8, 1)[first : first + len(mine)], encoder, 1.0, len(mine))
-    scores_B = torch.tensor([sum(c) / len(c) / 100 for c in completions])
-    ref_logprobs = reference(nano(encoder, 9), inner.policy, 1.0, accelerator.autocast)
-    tokens = evaluate_tokens(model, ref_logprobs, list(zip(mine, completions, strict=True)), encoder.pad_id, 1.0, 100, accelerator.device)
-    rollout = make_rollout(accelerator, mine, completions, scores_B, tokens, 0.05, 1.0, 0.95, False)
+    rollout = collect(accelerator, model, nano(encoder, 9), encoder, prompts, mean_id, budget=100)
     ptx = [(p, encoder.completion_ids(text)) for p, text in zip(prompts, ("cold", "twelve", "plums", "Apples and pears"), strict=False)]
     recorder = KeepsGradients(inner)
     how = settings(microbatch_tokens=100, ptx_coef=0.5)
     figures = update(accelerator, model, recorder, rollout, how, encoder.pad_id, seed=3, ptx_rows=ptx)
+    return {"rollout": dataclasses.asdict(rollout), "figures": figures, "steps": recorder.steps}
+
+
+def ten_rollouts(accelerator, kind: str) -> list[dict]:
+    """The figures of ten rollouts, learned from in two epochs of two minibatches of 8 rows each."""
+    encoder = tiny_encoder()
+    model, ref_policy = policy_and_value(encoder, kind), nano(encoder)
+    model, optimizer = accelerator.prepare(model, ppo_optimizer(model, 1e-3, 2e-3))
+    curve = []
+    for step in range(10):
+        set_lr(optimizer, linear_lr(step, 10))
+        rollout = collect(accelerator, model, ref_policy, encoder, some_prompts(encoder, 16), mean_id, seed=step)
+        curve.append(update(accelerator, model, optimizer, rollout, settings(epochs=2, max_grad_norm=1.0), encoder.pad_id, seed=step))
+    return curve
+
+
+def main(out: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = cpu()
+    found = {"processes": accelerator.num_processes, **one_update(accelerator, kind), "curve": ten_rollouts(accelerator, kind)}
     if accelerator.is_main_process:
-        torch.save({"processes": accelerator.num_processes, "rollout": dataclasses.asdict(rollout), "figures": figures, "steps": recorder.steps}, out)
+        torch.save(found, out)
     accelerator.end_training()
 
 

@@ -282,8 +282,8 @@ def test_E3_a_pairwise_judge_is_asked_in_both_orders():
 def test_what_cannot_be_summarised_is_refused():
     with pytest.raises(ValueError, match="no samples"):
         summarise([], "gold", POLICIES)
-    with pytest.raises(ValueError, match="prompt 0 has no answer of policy ppo_ema"):
-        summarise(four_rows(), "gold", [*POLICIES, "ppo_ema"])
+    with pytest.raises(ValueError, match="prompt 0 has no answer of policy ppo_last"):
+        summarise(four_rows(), "gold", [*POLICIES, "ppo_last"])
     rows = four_rows()
     rows[2]["answers"]["ppo"]["proxy"] = math.nan
     with pytest.raises(ValueError, match="prompt 2: proxy of policy ppo is nan"):
@@ -357,9 +357,17 @@ def test_E5_a_sanity_row_that_fails_is_said():
     assert caveats(summary) == ["Sanity: SFT against SFT gives 0.70 where 0.50 is due."]
 
 
+@pytest.mark.parametrize(("rate", "found"), [(0.97, []), (0.85, ["Sanity: SFT against Untrained gives 0.85 where about 1 is due."])])
+def test_E5_an_untrained_model_must_lose(rate, found):
+    summary = summary_of(0.74, 0.71, 0.77)
+    summary["comparisons"].insert(0, {"a": "sft", "b": "untrained", "win_rate": rate, "ci95": [rate - 0.03, rate + 0.02]})
+    assert caveats(summary) == found
+    assert headline(summary).startswith("PPO beat SFT"), "the verdict is never about a sanity row"
+
+
 def test_one_policy_alone_has_no_verdict():
     assert verdict(summarise(four_rows(), "gold", ["sft"])) == "Nothing was compared: only one policy answered."
 
 
 def test_labels():
-    assert [label(name) for name in ("ppo", "best_of_4", "pretrained", "ppo_ema")] == ["PPO", "Best of 4", "Pretrained", "PPO (EMA)"]
+    assert [label(name) for name in ("ppo", "best_of_4", "pretrained", "ppo_last")] == ["PPO", "Best of 4", "Pretrained", "PPO, last weights"]

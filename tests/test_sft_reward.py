@@ -27,6 +27,7 @@ from rlhf.rankings import (
     judge_share,
     normalisation,
     pair_figures,
+    with_flips,
 )
 from rlhf.runs import file_digest
 from rlhf.scoring import raw_scores
@@ -155,6 +156,19 @@ def test_judge_share_is_a_pure_share_of_the_ids():
     assert all(judge_share(i, 0.6) for i, k in zip(ids, kept, strict=True) if k), "a larger share only adds prompts"
     odd = [k for i, k in zip(ids, kept, strict=True) if int(i, 16) % 2]
     assert 0.35 < sum(odd) / len(odd) < 0.45, "independent of the id's own bits, by which splits are made"
+
+
+def test_R7_flips_turn_round_the_given_share_of_rankings_and_nothing_else():
+    rows = [{"id": f"{i:x}", "ranks": [2, 1, 3], "gold": [0.5, 1.0, 0.0]} for i in range(4000)]
+    noisy = with_flips(rows, 0.25)
+    turned = [row["ranks"] == [2, 3, 1] for row in noisy]
+    assert 0.23 < sum(turned) / len(rows) < 0.27
+    assert all(row["ranks"] == [2, 1, 3] for row, is_turned in zip(noisy, turned) if not is_turned)
+    assert all(row["gold"] == [0.5, 1.0, 0.0] for row in noisy) and all(row["ranks"] == [2, 1, 3] for row in rows)
+    assert with_flips(rows, 0.0) == rows
+    assert with_flips([{"id": "a", "ranks": [1, 2, 2, 3]}], 1.0) == [{"id": "a", "ranks": [3, 2, 2, 1]}], "ties stay ties"
+    judged = [judge_share(row["id"], 0.25) for row in rows]
+    assert sum(a and b for a, b in zip(judged, turned)) < 0.1 * len(rows), "not the prompts that the judge keeps"
 
 
 def test_encode_rankings_leaves_out_and_counts():

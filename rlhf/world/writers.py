@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from rlhf.world.family import Family, joined, sentence, table
 from rlhf.world.lookups import kinds
-from rlhf.world.prompts import FAMILIES, Request, draw, parse
+from rlhf.world.prompts import FAMILIES, TRIES, Request, draw, parse
 
 WRONG_SHARE = 0.2  # of the flaws: the worst one of the family (wrong, fabricates, complies)
 CONVERSATION_SHARE = 0.55  # of the plain text: a question with its answer
@@ -29,6 +29,28 @@ def write_demonstration(prompt: str, rng: random.Random, flaw_rate: float = 0.5)
     if request is None:
         raise ValueError(f"not a prompt of the embedded world: {prompt!r}")
     return _answer(request, rng, flaw_rate)
+
+
+def solved_examples(prompt: str, count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """``count`` training prompts of the prompt's family, each with a right answer: what stands in front of it in a few-shot prompt.
+
+    All ask about different arguments, and none about the prompt's own. Raises ValueError for a prompt that is not of this world, and if
+    its family has not that many arguments.
+    """
+    request = parse(prompt)
+    if request is None:
+        raise ValueError(f"not a prompt of the embedded world: {prompt!r}")
+    family, misses = request.family, 0
+    seen, examples = {family.key(request.args)}, []
+    while len(examples) < count:
+        example, drawn = _training_prompt(family, rng)
+        if family.key(drawn.args) not in seen:
+            seen.add(family.key(drawn.args))
+            examples.append((example, family.good(drawn.args, rng)))
+            misses = 0
+        elif (misses := misses + 1) == TRIES:
+            raise ValueError(f"the family {family.name} has not {count} other arguments to show")
+    return examples
 
 
 def _answer(request: Request, rng: random.Random, flaw_rate: float) -> str:

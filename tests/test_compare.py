@@ -1,0 +1,120 @@
+"""The compare stage on models made here: every kind of policy and judge, in-context learning, and what the report shows of them."""
+
+import json
+import shutil
+
+import pytest
+
+from rlhf import world
+from rlhf.comparison import caveats
+from rlhf.config import config_from_tree
+from rlhf.errors import InputError
+from rlhf.jsonl import read_jsonl, write_json, write_jsonl
+from rlhf.models import load_encoder, load_policy, load_reward_model, save_model
+from stages import compare
+from tests.helpers import rough
+
+PROMPTS = world.sample_prompts(12, "test", 5)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_folder):
+    """A run folder as the stages before compare leave it; PPO's average and last weights differ."""
+    encoder = load_encoder(str(tiny_folder))
+    for place, seed in (("ppo/model", 1), ("ppo/model_last", 2)):
+        save_model(rough(load_policy(str(tiny_folder), encoder, "eager"), seed, 0.02), encoder, tmp_path / place)
+    save_model(rough(load_reward_model(str(tiny_folder), encoder, "eager"), 3, 0.05), encoder, tmp_path / "reward" / "model")
+    shutil.copytree(tiny_folder, tmp_path / "sft" / "model")
+    for stage in ("prepare", "sft", "reward", "ppo"):
+        write_json(tmp_path / stage / "DONE", {"stage": stage})
+    rows = [{"prompt": [{"role": "user", "content": p}], "id": str(i), "family": world.family_of(p)} for i, p in enumerate(PROMPTS)]
+    write_jsonl(tmp_path / "data" / "prompts" / "test.jsonl", rows)
+    return tmp_path
+
+
+def compared(run, **settings):
+    """summary.json, samples.jsonl and report.md of a comparison with these settings."""
+    tree = {"seed": 3, "run": {"dir": str(run), "threads": 1, "precision": "fp32"}, "model": {"init": str(run / "sft" / "model")},
+            "data": {"max_completion_tokens": 6}, "compare": {"policies": ["sft", "ppo"], **settings}}
+    compare.main(config_from_tree(tree, "here"))
+    folder = run / "compare"
+    return json.loads((folder / "summary.json").read_text()), list(read_jsonl(folder / "samples.jsonl")), (folder / "report.md").read_text()
+
+
+def likes_commas(prompt, first, second):
+    """A judge for the tests: more commas are better; it knows that it is shown prompts of these tests."""
+    assert prompt in PROMPTS
+    return first.count(",") - second.count(",")
+
+
+def likes_the_first(prompt, first, second):
+    return 1
+
+
+def says_words(prompt, first, second):
+    return "the first"
+
+
+def test_E1_E5_the_average_the_last_weights_a_second_draw_and_an_untrained_model_answer_the_same_prompts(run):
+    summary, samples, report = compared(run, policies=["sft", "ppo", "ppo_last", "sft_again", "untrained"])
+    rows = {(row["a"], row["b"]): row for row in summary["comparisons"]}
+    assert list(rows) == [("ppo", "sft"), ("ppo_last", "sft"), ("ppo", "ppo_last"), ("sft", "untrained"), ("sft_again", "sft"), ("sft", "sft")]
+    assert set(summary["sanity"]) == {"sft_vs_untrained", "sft_again_vs_sft", "sft_vs_sft"}
+    assert all(set(row["answers"]) == {"sft", "ppo", "ppo_last", "sft_again", "untrained"} for row in samples)
+    texts = {name: [row["answers"][name]["text"] for row in samples] for name in samples[0]["answers"]}
+    assert texts["sft_again"] != texts["sft"], "the second draw is another one"
+    assert texts["ppo"] != texts["ppo_last"]
+    kl = {name: figures["kl_mean"] for name, figures in summary["policies"].items()}
+    assert kl["sft"] == 0 and kl["sft_again"] == pytest.approx(0, abs=1e-4) and kl["untrained"] != 0 and kl["ppo"] != kl["ppo_last"]
+    assert "**PPO, last weights**" in report and "**SFT, drawn again**" not in report and "SFT, drawn again against SFT" in report
+    # nano models answer with noise, so the row against the untrained model fails, and the report says so
+    assert any("SFT against Untrained" in text for text in caveats(summary))
+
+
+def test_E1_last_weights_of_a_run_without_an_average_are_refused(run):
+    shutil.rmtree(run / "ppo" / "model_last")
+    with pytest.raises(InputError, match="ppo.ema_decay was 0"):
+        compared(run, policies=["sft", "ppo_last"])
+
+
+def test_E3_a_function_judges_pairs_in_both_orders(run):
+    summary, samples, report = compared(run, policies=["sft", "ppo", "best_of_2"], judge="tests.test_compare:likes_commas")
+    commas = [[row["answers"][name]["text"].count(",") for row in samples] for name in ("ppo", "sft")]
+    wins, losses = sum(a > b for a, b in zip(*commas)), sum(a < b for a, b in zip(*commas))
+    row = summary["comparisons"][0]
+    assert (row["a"], row["b"], row["wins"], row["losses"], row["order_flips"]) == ("ppo", "sft", wins, losses, 0)
+    assert row["judge"] == summary["judge"] == "tests.test_compare:likes_commas"
+    assert summary["policies"]["ppo"]["judge_mean"] == row["win_rate"] and summary["policies"]["sft"]["judge_mean"] == 0.5
+    assert "by the judge" in report
+
+
+def test_E3_a_function_that_likes_the_first_place_decides_nothing(run):
+    summary, _, _ = compared(run, judge="tests.test_compare:likes_the_first")
+    assert (summary["comparisons"][0]["ties"], summary["comparisons"][0]["order_flips"]) == (12, 12)
+
+
+def test_E3_a_judge_that_says_no_number_is_refused(run):
+    with pytest.raises(InputError, match="compare.judge names .* returned 'the first'"):
+        compared(run, judge="tests.test_compare:says_words")
+
+
+def test_E6_policies_answer_tasks_after_examples(run):
+    summary, _, report = compared(run, policies=["sft", "best_of_2", "ppo", "sft_again"], shots=[0, 2], shot_tasks=9)
+    found = summary["in_context"]
+    assert 0 < found["tasks"] <= 9
+    assert [(row["policy"], row["shots"]) for row in found["rows"]] == [("sft", 0), ("sft", 2), ("ppo", 0), ("ppo", 2)]
+    sft, ppo = found["rows"][1], found["rows"][3]
+    assert ppo["against_sft"] == pytest.approx(ppo["gold_mean"] - sft["gold_mean"])
+    assert "## In-context learning" in report and f"| SFT | 2 | {sft['gold_mean']:.3f} |" in report
+    html = (run / "compare" / "report.html").read_text()
+    assert 'id="in-context"' in html
+
+
+def test_E6_without_shots_nothing_of_it_is_shown(run):
+    summary, _, report = compared(run)
+    assert "in_context" not in summary and "In-context" not in report
+
+
+def test_E6_more_examples_than_the_policy_has_room_for_are_refused(run):
+    with pytest.raises(InputError, match="compare.shots=.* no task has room for 16 examples among the policy's 256 positions"):
+        compared(run, shots=[16], shot_tasks=3)

@@ -96,7 +96,7 @@ class Collect:
     eval_prompts: int = setting(400, "held-out prompts that get ranked answers, for the reward model's evaluation")
     k: int = setting(4, "answers sampled and ranked per prompt, 2 to 9")
     temperature: float = setting(1.0, "sampling temperature")
-    batch_size: int = setting(2048, "completions sampled together")
+    batch_size: int = setting(1024, "completions sampled together")
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,8 @@ def _coerce(value, wanted, name: str, where: str):
         return None
     kind = next(o for o in options if o is not type(None))
     if typing.get_origin(kind) is list and isinstance(value, (list, str, int)):
-        return [_coerce(v, typing.get_args(kind)[0], name, where) for v in (value if isinstance(value, list) else [value])]
+        entries = value if isinstance(value, list) else [value]
+        return [_coerce(v, typing.get_args(kind)[0], f"{name}[{i}]", where) for i, v in enumerate(entries)]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         values_kind = typing.get_args(kind)[1]
         return {str(k): str(v) if values_kind is str else _coerce(v, values_kind, f"{name}[{k}]", where) for k, v in value.items()}

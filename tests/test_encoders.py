@@ -16,6 +16,7 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    DebertaV2Model,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -32,6 +33,7 @@ from stages import reward
 from tests.helpers import rough, tiny_encoder
 
 THINGS = ["red", "blue", "green", "gold", "grey", "pink"]
+KINDS = ["bert", "deberta"]
 POSITIONS = 48
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "num_labels": 1}
 
@@ -61,12 +63,20 @@ def tokens(ids):
 def classifier(kind):
     """A sequence classifier with random weights rough enough that scores differ."""
     torch.manual_seed(0)
-    common = {**TINY, "vocab_size": len(ENCODER.tokenizer), "pad_token_id": ENCODER.pad_id}
     if kind == "bert":
-        return rough(BertForSequenceClassification(BertConfig(max_position_embeddings=POSITIONS, **common)), 0).eval()
-    config = DebertaV2Config(relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], position_biased_input=False,
-                             type_vocab_size=0, **common)
-    return rough(DebertaV2ForSequenceClassification(config), 0).eval()
+        return rough(BertForSequenceClassification(bert_config()), 0).eval()
+    return rough(DebertaV2ForSequenceClassification(deberta_config()), 0).eval()
+
+
+def bert_config(positions=POSITIONS):
+    """Learned positions, and few of them."""
+    return BertConfig(max_position_embeddings=positions, vocab_size=len(ENCODER.tokenizer), pad_token_id=ENCODER.pad_id, **TINY)
+
+
+def deberta_config():
+    """Attention by relative positions alone, as DeBERTa v3 has it."""
+    return DebertaV2Config(relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
+                           vocab_size=len(ENCODER.tokenizer), pad_token_id=ENCODER.pad_id, **TINY)
 
 
 # B3: what an encoder reads
@@ -117,7 +127,7 @@ def by_definition(model, kind, row):
         return model.classifier(squashed).item()
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
 def test_R2_an_encoder_is_read_where_it_pools_whatever_the_padding(kind, budget):
     model = classifier(kind)
@@ -129,7 +139,7 @@ def test_R2_an_encoder_is_read_where_it_pools_whatever_the_padding(kind, budget)
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_R2_a_saved_encoder_scores_as_before_with_every_kernel(kind, attention, tmp_path):
     """DeBERTa has no fused kernel; asked for one, as GPUs ask, it must still load."""
@@ -141,7 +151,7 @@ def test_R2_a_saved_encoder_scores_as_before_with_every_kernel(kind, attention, 
 
 def test_B4_every_dropout_of_an_encoder_is_off(tmp_path):
     """A classifier in training mode gives the same scores twice, so nothing in it is left to chance."""
-    for kind in ("bert", "deberta"):
+    for kind in KINDS:
         save_model(classifier(kind), ENCODER, tmp_path / kind)
         config = json.loads((tmp_path / kind / "config.json").read_text())
         (tmp_path / kind / "config.json").write_text(json.dumps({**config, "cls_dropout": 0.5, "hidden_dropout_prob": 0.5}))
@@ -173,13 +183,14 @@ def ranking(rng, number):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-    """A run folder with preferences, a random GPT with our BPE as the SFT model, and a tiny BERT without a head or pooler beside it."""
+    """A run folder with preferences, a random GPT with our BPE as the SFT model, and a tiny BERT and DeBERTa without heads beside it."""
     run, rng = tmp_path_factory.mktemp("start"), random.Random(1)
     torch.manual_seed(1)
     save_model(new_gpt("nano", tiny_encoder(), 64, "eager"), tiny_encoder(), run / "sft" / "model")
-    config = BertConfig(vocab_size=len(ENCODER.tokenizer), max_position_embeddings=POSITIONS, pad_token_id=ENCODER.pad_id, **TINY)
-    BertModel(config, add_pooling_layer=False).save_pretrained(run / "bert")
-    wordpiece().save_pretrained(run / "bert")
+    BertModel(bert_config(), add_pooling_layer=False).save_pretrained(run / "bert")
+    DebertaV2Model(deberta_config()).save_pretrained(run / "deberta")
+    for kind in KINDS:
+        wordpiece().save_pretrained(run / kind)
     for split, size in (("train", 256), ("eval", 40)):
         rows = [ranking(rng, i) for i in range(size)]
         write_jsonl(run / "data" / "preferences" / f"{split}.jsonl", rows)
@@ -197,17 +208,20 @@ def config(run, **settings):
                                         "epochs": 4, **settings}}, "test")
 
 
-@pytest.fixture(scope="module")
-def trained(start) -> Path:
-    reward.main(config(start))
-    return start / "reward"
+@pytest.fixture(scope="module", params=KINDS)
+def trained(start, request, tmp_path_factory) -> Path:
+    """The reward stage's folder, from a BERT and from a DeBERTa."""
+    run = tmp_path_factory.mktemp(request.param) / "run"
+    shutil.copytree(start, run, ignore=shutil.ignore_patterns("reward"))
+    reward.main(config(run, init=str(run / request.param)))
+    return run / "reward"
 
 
-def test_R6_a_reward_model_from_bert_learns_the_rule(trained):
+def test_R6_S4_a_reward_model_from_an_encoder_learns_the_rule(trained):
     assert json.loads((trained / "metrics.json").read_text())["eval"]["accuracy"] > 0.9
 
 
-def test_R5_S4_a_trained_bert_scores_the_text_of_a_policy_with_our_bpe(trained):
+def test_R5_S4_a_trained_encoder_scores_the_text_of_a_policy_with_our_bpe(trained):
     policy_encoder, folder = tiny_encoder(), trained / "model"
     texts, prompts = ["red thanks", "blue", "gold and pink thanks please"], [user("Say red"), user("Say blue!"), user("Say gold")]
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
@@ -243,7 +257,6 @@ def test_what_a_checkpoint_lacks_follows_from_the_members_seed(start, tmp_path):
 def test_a_bert_too_short_for_the_rows_is_refused_with_the_remedy(start, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(start, run, ignore=shutil.ignore_patterns("reward"))
-    small = BertConfig(vocab_size=len(ENCODER.tokenizer), max_position_embeddings=8, pad_token_id=ENCODER.pad_id, **TINY)
-    BertModel(small).save_pretrained(run / "bert")
+    BertModel(bert_config(positions=8)).save_pretrained(run / "bert")
     with pytest.raises(InputError, match="8 positions; lower data.max_prompt_tokens"):
         reward.main(config(run))

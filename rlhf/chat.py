@@ -23,8 +23,8 @@ import yaml
 from transformers.utils import logging
 
 from rlhf.cli import guarded
-from rlhf.compute import threads_per_process
 from rlhf.config import config_from_tree
+from rlhf.cores import threads_per_process
 from rlhf.errors import EXIT_INTERRUPTED, InputError
 from rlhf.jsonl import read_jsonl
 from rlhf.models import attention_kernel, load_encoder, load_policy, parameter_count

@@ -36,21 +36,23 @@ class EncodedRows(Sequence):
     """Rows of a table; `shape` makes what its readers want of one (a dict without it). `read`: rows of the file, those that were left out too."""
 
     def __init__(self, folder: Path, shape: Callable[[dict], object]):
-        self.table = Dataset.from_file(str(folder / "rows.arrow"))
+        table = Dataset.from_file(str(folder / "rows.arrow"))
         self.read: int = json.loads((folder / "about.json").read_text(encoding="utf-8"))["read"]
-        self.lengths: np.ndarray = self.table.data.column("length").to_numpy()
+        self.lengths: np.ndarray = table.data.column("length").to_numpy()
+        self.table = table.remove_columns("length")
         self._shape = shape
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, place):
-        """A row, or a list of them for a slice."""
+        """A row, or a list of them for a slice or a list of places."""
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        row = self.table[place]
-        del row["length"]
-        return self._shape(row)
+            place = list(range(*place.indices(len(self))))
+        if not isinstance(place, list):
+            return self[[place]][0]
+        columns = self.table[place]
+        return [self._shape(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
     def items_in(self, column: str) -> int:
         """Items of all lists of a column together."""

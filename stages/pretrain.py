@@ -167,7 +167,7 @@ def _batches(rows: EncodedRows, budget: int, seed: int, accelerator) -> Callable
             if number == len(passes):
                 passes.append(_one_pass(rows.lengths, budget, seed * 1_000_003 + number))
             if place < len(passes[number]):
-                return [rows[i] for i in passes[number][place]]
+                return rows[passes[number][place]]
             place -= len(passes[number])
             number += 1
 

@@ -575,7 +575,8 @@ def _interrupt_second_member(patch):
     patch.setattr(RankingTrainer, "log", log)
 
 
-def test_judge_learns_from_prompts_that_the_reward_model_never_saw(after_sft, monkeypatch):
+def test_judge_learns_from_prompts_that_the_reward_model_never_saw(after_sft, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "tables"))  # other tests of this file share the run's data, and its tables
     seen = {}
     plain = reward.encode_rankings
 

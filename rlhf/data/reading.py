@@ -151,7 +151,7 @@ def _file_rows(path: Path, by_line: bool) -> Numbered:
 
 
 def _check_start(path: Path) -> None:
-    """InputError for a file that is empty, or UTF-16, whatever its name says."""
+    """InputError for a file that is empty, UTF-16 or UTF-32, whatever its name says."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -160,7 +160,8 @@ def _check_start(path: Path) -> None:
     if not start:
         raise InputError(f"{path}: the file is empty; wanted at least one row")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{path}: line 1: the file is UTF-16; wanted UTF-8: save it again with that encoding")
+        found = "UTF-32" if start[2:] == b"\0\0" else "UTF-16"
+        raise InputError(f"{path}: line 1: the file is {found}; wanted UTF-8: save it again with that encoding")
 
 
 def _open(path: Path) -> io.BufferedReader:

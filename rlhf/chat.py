@@ -23,8 +23,8 @@ import yaml
 from transformers.utils import logging
 
 from rlhf.cli import guarded
-from rlhf.compute import threads_per_process
 from rlhf.config import config_from_tree
+from rlhf.cores import threads_per_process
 from rlhf.errors import EXIT_INTERRUPTED, InputError
 from rlhf.jsonl import read_jsonl
 from rlhf.models import attention_kernel, load_encoder, load_policy, parameter_count
@@ -98,10 +98,12 @@ class Speaker:
         messages, prompt = self._fitting([*self.messages, {"role": "user", "content": text}], min(max_tokens, self.context // 2))
         uniforms_BC = draw_uniforms(1, min(max_tokens, self.context - len(prompt)), *seeds)
         completion = sample(self.policy, [prompt], uniforms_BC, self.encoder, temperature, 1)[0]
-        said = self.encoder.decode(completion)
+        said, ended = self.encoder.decode(completion), self.encoder.ended(completion)
+        if not ended:
+            said = said.rstrip("\N{REPLACEMENT CHARACTER}")  # the limit may have cut a character of several tokens
         if self.keeps_history:
             self.messages = [*messages, {"role": "assistant", "content": said}]
-        return printable(said) + ("" if self.encoder.ended(completion) else " [...]")
+        return printable(said) + ("" if ended else " [...]")
 
     def _fitting(self, messages: list[dict], room: int) -> tuple[list[dict], list[int]]:
         """The newest turns whose ids leave `room` for an answer; the oldest question leaves first, with its answer."""

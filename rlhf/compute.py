@@ -1,13 +1,12 @@
 """Devices, processes, precision and threads: accelerate owns them, this file asks it for what the settings name."""
 
-import os
-
 import torch
 import torch.distributed
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from rlhf.config import Config
+from rlhf.cores import threads_per_process
 from rlhf.quiet import quiet_libraries
 
 
@@ -18,14 +17,6 @@ def start(config: Config, seed_offset: int = 0) -> Accelerator:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.run.precision))
     set_seed(config.seed + seed_offset)
     return accelerator
-
-
-def threads_per_process(wanted: int) -> int:
-    """CPU threads for each process of this machine: `wanted`, or the usable cores shared out."""
-    if wanted:
-        return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def precision(wanted: str) -> str:

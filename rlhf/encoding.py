@@ -51,18 +51,38 @@ class Encoder:
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation that ends with a user turn, up to where the assistant's completion begins."""
-        ids: list[int] = []
-        for part in self._template(tuple(m["role"] for m in messages)):
-            ids += self.text_ids(messages[part]["content"]) if isinstance(part, int) else part
-        return ids
+        return self.prompts_ids([messages])[0]
+
+    def prompts_ids(self, conversations: list[list[dict]]) -> list[list[int]]:
+        """`prompt_ids` of several; their texts go through the tokenizer together."""
+        contents = self.texts_ids([m["content"] for messages in conversations for m in messages])
+        found, first = [], 0
+        for messages in conversations:
+            ids: list[int] = []
+            for part in self._template(tuple(m["role"] for m in messages)):
+                ids += contents[first + part] if isinstance(part, int) else part
+            found.append(ids)
+            first += len(messages)
+        return found
 
     def completion_ids(self, text: str) -> list[int]:
         """Ids of a completion with the EOS that ends it."""
         return self.text_ids(text) + [self.eos_id]
 
+    def completions_ids(self, texts: list[str]) -> list[list[int]]:
+        """`completion_ids` of several."""
+        return [[*ids, self.eos_id] for ids in self.texts_ids(texts)]
+
     def text_ids(self, text: str) -> list[int]:
         """Ids of text in which nothing is special: markers of the template inside it are spelled out as text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+        return self.texts_ids([text])[0]
+
+    def texts_ids(self, texts: list[str]) -> list[list[int]]:
+        """`text_ids` of several."""
+        if not any(texts):
+            return [[] for _ in texts]
+        found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+        return [ids if text else [] for text, ids in zip(texts, found, strict=True)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of a completion's ids, up to its EOS if it has one."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rlhf.errors import InputError
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
 
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The rows of one of our own files, in order. Raises InputError naming file and line."""
@@ -34,7 +36,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
 
 def json_line(row: dict) -> str:
     """One row as it stands in a file."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return _ENCODER.encode(row) + "\n"
 
 
 def write_json(path: Path, value) -> None:

@@ -1,14 +1,15 @@
 """Prompts of a run for sampling: read, encoded, those too long for the model left out and counted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rlhf import world
+from rlhf.encoded import encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
-from rlhf.jsonl import read_jsonl
 from rlhf.progress import say
 
 
@@ -26,19 +27,22 @@ class Prompt:
         return self.messages[-1]["content"]
 
 
-def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) -> list[Prompt]:
+def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) -> Sequence[Prompt]:
     """Prompts of RUN/data/prompts/SPLIT.jsonl of at most `max_tokens` ids. Raises InputError when none is left."""
+    def encode(rows: list[dict]) -> list[dict]:
+        return [{"messages": row["prompt"], "ids": ids, "id": row["id"], "family": row.get("family"), "length": len(ids)}
+                for row, ids in zip(rows, encoder.prompts_ids([row["prompt"] for row in rows]), strict=True) if len(ids) <= max_tokens]
+
     path = Path(run_dir) / "data" / "prompts" / f"{split}.jsonl"
-    rows = [Prompt(r["prompt"], encoder.prompt_ids(r["prompt"]), r["id"], r.get("family")) for r in read_jsonl(path)]
-    kept = [row for row in rows if len(row.ids) <= max_tokens]
+    kept = encoded_rows(path, encoder, "prompts", (max_tokens,), encode, lambda row: Prompt(**row))
     if not kept:
-        raise InputError(f"{path}: none of {len(rows)} prompts has at most data.max_prompt_tokens={max_tokens} tokens; raise it, or give others")
-    if len(kept) < len(rows):
-        say(f"prompts: {len(rows) - len(kept):,} of {len(rows):,} {split} prompts left out, longer than data.max_prompt_tokens={max_tokens}")
+        raise InputError(f"{path}: none of {kept.read} prompts has at most data.max_prompt_tokens={max_tokens} tokens; raise it, or give others")
+    if len(kept) < kept.read:
+        say(f"prompts: {kept.read - len(kept):,} of {kept.read:,} {split} prompts left out, longer than data.max_prompt_tokens={max_tokens}")
     return kept
 
 
-def prompts_of_step(prompts: list, step: int, batch_size: int, seed: int) -> list:
+def prompts_of_step(prompts: Sequence, step: int, batch_size: int, seed: int) -> list:
     """The prompts of a rollout: consecutive in a permutation of all prompts drawn anew for every pass."""
     picked = []
     for place in range(step * batch_size, (step + 1) * batch_size):

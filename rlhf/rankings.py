@@ -6,6 +6,7 @@ prompt + answer, P pairs of differently ranked answers of a prompt.
 
 import hashlib
 import math
+from itertools import islice
 
 import torch
 from torch import nn
@@ -36,22 +37,24 @@ def _in_share(salt: str, prompt_id: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256((salt + prompt_id).encode()).digest()[:8], "big") / 2**64 < fraction
 
 
-def encode_rankings(rows, encoder, max_prompt_tokens: int, max_completion_tokens: int, ties: str) -> tuple[list[dict], int]:
+def encode_rankings(rows: list[dict], encoder, max_prompt_tokens: int, max_completion_tokens: int, ties: str) -> tuple[list[dict], int]:
     """Canonical preference rows as ids, and how many rows were left out.
 
     Answers over `max_completion_tokens` (with the EOS) are left out; a row is, when its prompt is over `max_prompt_tokens` or no pair is
-    left to learn from. An encoded row: {"prompt": ids, "completions": [ids, ...], "ranks", "margin": float, "gold": [float, ...] or None, "id"}.
+    left to learn from. An encoded row: {"prompt": ids, "completions": [ids, ...], "ranks", "margin": float, "gold": [float, ...] or None, "id",
+    "length": tokens of the prompt with its longest completion}.
     """
-    encoded, dropped = [], 0
-    for row in rows:
-        prompt, completions = encoder.prompt_ids(row["prompt"]), [encoder.completion_ids(c) for c in row["completions"]]
+    encoded, dropped, answers = [], 0, iter(encoder.completions_ids([text for row in rows for text in row["completions"]]))
+    for row, prompt in zip(rows, encoder.prompts_ids([row["prompt"] for row in rows]), strict=True):
+        completions = list(islice(answers, len(row["completions"])))
         kept = [i for i, ids in enumerate(completions) if len(ids) <= max_completion_tokens]
         ranks, gold = [row["ranks"][i] for i in kept], row.get("gold")
         if len(prompt) > max_prompt_tokens or len(set(ranks)) < 2 and not (ties == "half" and len(ranks) > 1):
             dropped += 1
             continue
         encoded.append({"prompt": prompt, "completions": [completions[i] for i in kept], "ranks": ranks, "margin": float(row.get("margin") or 0.0),
-                        "gold": gold and [gold[i] for i in kept], "id": row.get("id")})
+                        "gold": gold and [gold[i] for i in kept], "id": row.get("id"),
+                        "length": len(prompt) + max(len(completions[i]) for i in kept)})
     return encoded, dropped
 
 

@@ -20,6 +20,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf.compute import sum_over_processes
 from rlhf.config import Run
+from rlhf.encoded import EncodedRows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.losses import ranking_loss
@@ -197,6 +198,11 @@ class _StageTrainer:
         """Nothing leaves this machine."""
 
 
+def _lengths(rows: Sequence, tokens: Callable) -> list[int]:
+    """Tokens of each row; those of a table are known, which spares reading all of it."""
+    return rows.lengths.tolist() if isinstance(rows, EncodedRows) else [tokens(row) for row in rows]
+
+
 def _ordered(lengths: list[int], recipe: Recipe) -> Dataset:
     """The whole run's order as the dataset that TRL wants; the collator looks the rows up."""
     return Dataset.from_dict({"row": length_grouped_order(lengths, recipe.batch_size, recipe.steps, recipe.seed)})
@@ -205,13 +211,13 @@ def _ordered(lengths: list[int], recipe: Recipe) -> Dataset:
 class DemonstrationTrainer(_StageTrainer, SFTTrainer):
     """SFT on (prompt ids, completion ids): mean loss over the completions' tokens, plus a weight times that over the prompts' (CANON B5)."""
 
-    def __init__(self, policy, demonstrations: list[tuple[list[int], list[int]]], encoder: Encoder, recipe: Recipe, run: Run, folder: Path,
+    def __init__(self, policy, demonstrations: Sequence[tuple[list[int], list[int]]], encoder: Encoder, recipe: Recipe, run: Run, folder: Path,
                  lm_loss_weight: float = 0.0):
         self.section, self.lm_loss_weight = recipe.section, lm_loss_weight
         collate = functools.partial(_collate_demonstrations, pad_id=encoder.pad_id, with_prompts=lm_loss_weight > 0)
         super().__init__(
             policy, args=_arguments(SFTConfig, recipe, run, folder, dataset_kwargs={"skip_prepare_dataset": True}),
-            train_dataset=_ordered([len(p) + len(c) for p, c in demonstrations], recipe), processing_class=encoder.tokenizer,
+            train_dataset=_ordered(_lengths(demonstrations, lambda pair: len(pair[0]) + len(pair[1])), recipe), processing_class=encoder.tokenizer,
             data_collator=_looked_up(demonstrations, collate))
         _answer_rows(policy)
 
@@ -237,9 +243,9 @@ class DemonstrationTrainer(_StageTrainer, SFTTrainer):
 class RankingTrainer(_StageTrainer, RewardTrainer):
     """The reward model on rankings of K answers: each answer through the model once, a prompt's pairs as one element (CANON R3, R4)."""
 
-    def __init__(self, reward_model, rankings: list[dict], encoder: Encoder, recipe: Recipe, run: Run, folder: Path, ties: str = "drop"):
+    def __init__(self, reward_model, rankings: Sequence[dict], encoder: Encoder, recipe: Recipe, run: Run, folder: Path, ties: str = "drop"):
         self.section, self.ties = recipe.section, ties
-        lengths = [len(r["prompt"]) + max(map(len, r["completions"])) for r in rankings]
+        lengths = _lengths(rankings, lambda row: row["length"])
         super().__init__(
             reward_model, args=_arguments(RewardConfig, recipe, run, folder), train_dataset=_ordered(lengths, recipe),
             processing_class=encoder.tokenizer, data_collator=_looked_up(rankings, functools.partial(collate_rankings, pad_id=encoder.pad_id)))
@@ -266,7 +272,7 @@ class RankingTrainer(_StageTrainer, RewardTrainer):
         return dataset  # TRL would look for chosen and rejected texts
 
 
-def _looked_up(rows: list, collate: Callable[[list], dict]) -> Callable[[list[dict]], dict]:
+def _looked_up(rows: Sequence, collate: Callable[[list], dict]) -> Callable[[list[dict]], dict]:
     return lambda picked: collate([rows[p["row"]] for p in picked])
 
 

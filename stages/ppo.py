@@ -15,6 +15,7 @@ Simplified on purpose: every process holds the whole rollout (ids and a few floa
 import copy
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.alarms import ringing
@@ -23,6 +24,7 @@ from rlhf.cli import run_stage
 from rlhf.comparison import distinct_n
 from rlhf.compute import describe, peak_memory_mb, start
 from rlhf.config import Config
+from rlhf.encoded import demonstrations
 from rlhf.errors import TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder, write_jsonl
 from rlhf.kl import adapted_kl_coef
@@ -55,7 +57,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     average = MovingAverage(learner.policy, settings.ema_decay) if settings.ema_decay else None  # after prepare: on the weights' device
     best = MovingAverage(learner.policy, 0.0)  # takes the weights as they are when an evaluation is the best so far
     kept = {"best": best} | ({} if average is None else {"average": average})
-    ptx = _ptx_rows(config, encoder) if settings.ptx_coef else []
+    ptx = demonstrations(run / "data" / "demonstrations" / "train.jsonl", encoder, config.data.max_prompt_tokens,
+                         config.data.max_completion_tokens) if settings.ptx_coef else []
     _announce(config, accelerator, prompts)
 
     state = {"kl_coef": settings.kl_coef, "bad_rollouts": 0, "best_objective": -math.inf, "best_rollout": 0}
@@ -146,14 +149,7 @@ def _announce(config: Config, accelerator, prompts) -> None:
         f"KL coefficient {settings.kl_coef}")
 
 
-def _ptx_rows(config: Config, encoder) -> list[tuple[list[int], list[int]]]:
-    """Demonstrations as (prompt, completion) ids for PPO-ptx."""
-    rows = read_jsonl(Path(config.run.dir) / "data" / "demonstrations" / "train.jsonl")
-    pairs = [(encoder.prompt_ids(r["prompt"]), encoder.completion_ids(r["completion"])) for r in rows]
-    return [(p, c) for p, c in pairs if len(p) <= config.data.max_prompt_tokens and len(c) <= config.data.max_completion_tokens]
-
-
-def _ptx_of_step(rows: list, step: int, count: int) -> list:
+def _ptx_of_step(rows: Sequence, step: int, count: int) -> list:
     return [rows[i % len(rows)] for i in range(step * count, (step + 1) * count)] if rows else []
 
 

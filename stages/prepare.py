@@ -17,7 +17,9 @@ from pathlib import Path
 from rlhf import world
 from rlhf.cli import run_stage
 from rlhf.config import Config
-from rlhf.data import KINDS, convert, prompt_id, split_of, text_id
+from rlhf.cores import threads_per_process
+from rlhf.data import KINDS, Report, prompt_id, split_of, text_id
+from rlhf.data.bulk import convert_all
 from rlhf.errors import InputError
 from rlhf.jsonl import json_line, replacing, write_json
 from rlhf.progress import say
@@ -83,25 +85,30 @@ def _filled_in(sources: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _convert_files(config: Config, sources: dict[str, list[str]], data: Path) -> tuple[dict[str, Counter], list[dict]]:
-    counts, reports = {}, []
-    for kind in KINDS:
-        if not sources[kind]:
-            continue
-        fractions = (0.01, 0.0) if kind == "text" else (config.data.eval_fraction, config.data.test_fraction)
-        rows = _all_rows(sources[kind], kind, config, reports)
-        counts[kind] = _split(rows, data / kind, lambda row, fractions=fractions: split_of(row["id"], *fractions))
-        if not counts[kind]["train"]:
-            raise InputError(f"data.{kind}: {', '.join(sources[kind])}: no row is left to train on (found {dict(counts[kind])}); "
-                             "give more data or lower data.test_fraction")
-    return counts, reports
+    counts, reports = {kind: Counter() for kind in KINDS if sources[kind]}, {kind: [] for kind in KINDS}
+    for names in dict.fromkeys(tuple(sources[kind]) for kind in counts):
+        kinds = [kind for kind in counts if tuple(sources[kind]) == names]  # files that several kinds are taken from are read once
+        with contextlib.ExitStack() as files:
+            open_files = {(kind, split): files.enter_context(replacing(data / kind / f"{split}.jsonl")) for kind in kinds for split in SPLITS}
+            for source in names:
+                made = {kind: Report(source, kind) for kind in kinds}
+                for kind, split, lines in convert_all(source, made, config.data.mapping, _shares(config), config.reward.ties == "half",
+                                                      threads_per_process(config.run.threads)):
+                    open_files[kind, split].writelines(lines)
+                    counts[kind][split] += len(lines)
+                for kind, report in made.items():
+                    say(f"prepare: {source}: {report.describe()}")
+                    reports[kind].append(report.as_json())
+        for kind in kinds:
+            if not counts[kind]["train"]:
+                raise InputError(f"data.{kind}: {', '.join(names)}: no row is left to train on (found {dict(counts[kind])}); "
+                                 "give more data or lower data.test_fraction")
+    return counts, [report for kind in KINDS for report in reports[kind]]
 
 
-def _all_rows(sources: list[str], kind: str, config: Config, reports: list[dict]):
-    for source in sources:
-        converted = convert(source, kind, config.data.mapping, keep_ties=config.reward.ties == "half")
-        yield from ({**row, "id": row.get("id") or text_id(row["text"])} for row in converted.rows)
-        say(f"prepare: {source}: {converted.report.describe()}")
-        reports.append(converted.report.as_json())
+def _shares(config: Config) -> dict[str, tuple[float, float]]:
+    """Shares of eval and test for each kind; text is for pretraining, which is never compared on it."""
+    return dict.fromkeys(KINDS, (config.data.eval_fraction, config.data.test_fraction)) | {"text": (0.01, 0.0)}
 
 
 def _split(rows, folder: Path, side) -> Counter:

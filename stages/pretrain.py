@@ -17,6 +17,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ from rlhf.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.cli import run_stage
 from rlhf.compute import describe, start, sum_over_processes
 from rlhf.config import Config
+from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder
@@ -58,7 +60,7 @@ def main(config: Config) -> None:
         encoder = _tokenizer(stage, data / "train.jsonl", config.model.vocab_size)
     rows = _rows(data / "train.jsonl", encoder, settings.block)
     held_out = _rows(data / "eval.jsonl", encoder, settings.block)[:EVAL_ROWS] or rows[:EVAL_ROWS]
-    tokens = sum(map(len, rows))
+    tokens = int(rows.lengths.sum())
 
     attention = attention_kernel(config.model.attention, accelerator.device)
     gpt = new_gpt(config.model.size, encoder, config.model.context, attention)
@@ -142,21 +144,20 @@ def _tokenizer(stage, text: Path, vocab_size: int) -> Encoder:
     return load_encoder(str(folder))
 
 
-def _rows(path: Path, encoder: Encoder, block: int) -> list[list[int]]:
+def _rows(path: Path, encoder: Encoder, block: int) -> EncodedRows:
     """Every document with its end token as one row of ids, longer ones in pieces of `block`. Raises InputError when there is nothing to learn."""
-    rows: list[list[int]] = []
-    texts = [row["text"] for row in read_jsonl(path)]
-    for start_at in range(0, len(texts), 10_000):
-        chunk = texts[start_at : start_at + 10_000]
-        for ids in encoder.tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
-            ids = [*ids, encoder.eos_id]
-            rows += [piece for i in range(0, len(ids), block) if len(piece := ids[i : i + block]) > 1]
+    def encode(rows: list[dict]) -> list[dict]:
+        documents = encoder.completions_ids([row["text"] for row in rows])
+        pieces = [ids[i : i + block] for ids in documents for i in range(0, len(ids), block)]
+        return [{"ids": piece, "length": len(piece)} for piece in pieces if len(piece) > 1]
+
+    rows = encoded_rows(path, encoder, "text", (block,), encode, lambda row: row["ids"])
     if not rows and path.stem == "train":
         raise InputError(f"{path}: no text of at least two tokens to learn from; give data.text")
     return rows
 
 
-def _batches(rows: list[list[int]], budget: int, seed: int, accelerator) -> Callable[[int], list[list[int]]]:
+def _batches(rows: EncodedRows, budget: int, seed: int, accelerator) -> Callable[[int], list[list[int]]]:
     """A function step -> this process's rows: a new permutation every pass, rows of like length together, within `budget` padded tokens."""
     passes: list[list[list[int]]] = []
 
@@ -164,21 +165,21 @@ def _batches(rows: list[list[int]], budget: int, seed: int, accelerator) -> Call
         place, number = step * accelerator.num_processes + accelerator.process_index, 0
         while True:
             if number == len(passes):
-                passes.append(_one_pass(rows, budget, seed * 1_000_003 + number))
+                passes.append(_one_pass(rows.lengths, budget, seed * 1_000_003 + number))
             if place < len(passes[number]):
-                return [rows[i] for i in passes[number][place]]
+                return rows[passes[number][place]]
             place -= len(passes[number])
             number += 1
 
     return of_step
 
 
-def _one_pass(rows: list[list[int]], budget: int, seed: int) -> list[list[int]]:
+def _one_pass(lengths: np.ndarray, budget: int, seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    order, batches = torch.randperm(len(rows), generator=generator).tolist(), []
+    order, batches = torch.randperm(len(lengths), generator=generator).tolist(), []
     for start_at in range(0, len(order), SORTED_ROWS):
         window = order[start_at : start_at + SORTED_ROWS]
-        batches += [[window[i] for i in group] for group in by_tokens([len(rows[i]) for i in window], budget)]
+        batches += [[window[i] for i in group] for group in by_tokens(lengths[window].tolist(), budget)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

@@ -17,9 +17,10 @@ import torch
 from rlhf.cli import run_stage
 from rlhf.compute import describe, peak_memory_mb, precision, start
 from rlhf.config import Config
+from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
-from rlhf.jsonl import read_jsonl, replacing_folder, write_json
+from rlhf.jsonl import replacing_folder, write_json
 from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, load_reward_model, parameter_count, save_model
 from rlhf.progress import say
 from rlhf.prompts import load_prompts
@@ -53,8 +54,8 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     seeds = [config.seed * 1000 + JUDGE_SEED] if stage.name == "judge" else [config.seed * 1000 + m for m in range(settings.members)]
     folders = member_folders(stage.folder, len(seeds))
     steps = count_steps(len(train), settings.batch_size, settings.epochs)
-    answers = sum(len(row["completions"]) for row in train)
-    longest = max(len(row["prompt"]) + len(ids) for row in train + held_out for ids in row["completions"])
+    answers = train.items_in("completions")
+    longest = max(int(rows.lengths.max()) for rows in (train, held_out) if len(rows))
     say(f"{stage.name}: {describe(accelerator)}; starts from {source}" + (f"; {len(seeds)} members" if len(seeds) > 1 else ""))
     say(f"{stage.name}: {settings.epochs:g} x {len(train):,} prompts / {settings.batch_size} = {steps:,} steps; "
         f"{answers / len(train):.1f} answers a prompt, each through the model once")
@@ -77,24 +78,26 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> list[dict]:
+def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> EncodedRows:
     """Encoded rankings of a split, of the prompts that are this stage's to learn from. Raises InputError when none is left to train on."""
-    limits, training = config.data, path.stem == "train"
-    rows = [row for row in read_jsonl(path) if not training or judge_share(row["id"], limits.judge_fraction) == (stage.name == "judge")]
-    if training and stage.name == "reward":
-        rows = with_flips(rows, config.reward.flip_rate)
-    kept, dropped = encode_rankings(rows, encoder, limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties)
-    if dropped:
-        say(f"{stage.name}: {dropped:,} of {len(rows):,} {path.stem} rankings left out: longer than data.max_prompt_tokens="
+    limits, training, for_judge = config.data, path.stem == "train", stage.name == "judge"
+    rules = (limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties)
+    flip_rate = config.reward.flip_rate if training and not for_judge else 0.0
+    kept = encoded_rows(
+        path, encoder, "rankings", (*rules, flip_rate, limits.judge_fraction, for_judge) if training else rules,
+        lambda rows: encode_rankings(with_flips(rows, flip_rate), encoder, *rules)[0],
+        wanted=lambda row: not training or judge_share(row["id"], limits.judge_fraction) == for_judge)
+    if len(kept) < kept.read:
+        say(f"{stage.name}: {kept.read - len(kept):,} of {kept.read:,} {path.stem} rankings left out: longer than data.max_prompt_tokens="
             f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}, or all answers tied")
     if training and not kept:
-        raise InputError(f"{path}: none of {len(rows)} rankings is left for {stage.name} (data.judge_fraction={limits.judge_fraction}, "
+        raise InputError(f"{path}: none of {kept.read} rankings is left for {stage.name} (data.judge_fraction={limits.judge_fraction}, "
                          f"data.max_prompt_tokens={limits.max_prompt_tokens}, data.max_completion_tokens={limits.max_completion_tokens}, "
                          f"reward.ties={config.reward.ties}); change them or give more preferences")
     return kept
 
 
-def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: list[dict], longest: int, steps: int, seed: int, member: int):
+def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: EncodedRows, longest: int, steps: int, seed: int, member: int):
     """One reward model, trained; its head is drawn anew unless `source` already is a sequence classifier (CANON R1)."""
     settings, attention = config.reward, attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)  # draws what `source` lacks beside the head: the pooler of an encoder that was pretrained without one
@@ -109,7 +112,7 @@ def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: l
     recipe = Recipe("reward", steps, settings.batch_size, settings.microbatch, settings.lr, "linear", seed, precision(config.run.precision))
     trainer = RankingTrainer(reward_model, train, encoder, recipe, config.run, _checkpoints(stage, member), settings.ties)
     figures = {"member": member} if settings.members > 1 and stage.name == "reward" else {}
-    trainer.follow(stage, config.run.keep_checkpoints, stage.name, member * steps, [row["id"] for row in train], **figures)
+    trainer.follow(stage, config.run.keep_checkpoints, stage.name, member * steps, train.table["id"], **figures)
     trainer.run()
     return trainer.accelerator.unwrap_model(trainer.model)
 
@@ -145,9 +148,9 @@ def _normalise(reward_model, encoder: Encoder, samples: tuple, accelerator) -> N
         raise TrainingStopped(f"reward: {error} after training, on answers of the SFT model; lower reward.lr and run the stage again") from None
 
 
-def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folders: list[Path], train: list[dict], held_out: list[dict]) -> None:
+def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folders: list[Path], train: EncodedRows, held_out: EncodedRows) -> None:
     """Loads what was saved, scores held-out rankings and as many training ones, writes metrics.json and DONE."""
-    rows = train[: len(held_out)] + held_out
+    rows = train[: len(held_out)] + held_out[:]
     answers = [row["prompt"] + completion for row in rows for completion in row["completions"]]
     totals, normalised = torch.zeros(len(answers)), []
     for folder in folders:
@@ -159,7 +162,7 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
     seen = len(rows) - len(held_out)
     figures, on_train = _figures(held_out, scores[seen:], config.reward.ties), _figures(rows[:seen], scores[:seen], config.reward.ties)
     steps = count_steps(len(train), config.reward.batch_size, config.reward.epochs)
-    training = {"prompts": len(train), "answers": sum(len(row["completions"]) for row in train), "steps": steps,
+    training = {"prompts": len(train), "answers": train.items_in("completions"), "steps": steps,
                 **({name: on_train[name] for name in ("accuracy", "loss", "pairs")} if on_train else {})}
     write_json(stage.folder / "metrics.json", {"eval": figures, "train": training, "normalisation": normalised[0], "members": len(folders)})
     if figures is None:

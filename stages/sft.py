@@ -17,9 +17,10 @@ import torch
 from rlhf.cli import run_stage
 from rlhf.compute import describe, peak_memory_mb, precision, start
 from rlhf.config import Config
+from rlhf.encoded import EncodedRows, demonstrations
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
-from rlhf.jsonl import read_jsonl, replacing_folder
+from rlhf.jsonl import replacing_folder
 from rlhf.losses import language_model_loss
 from rlhf.models import add_lora, attention_kernel, backbone, load_encoder, load_policy, parameter_count, save_model
 from rlhf.passes import by_tokens, make_rows, policy_pass
@@ -40,18 +41,18 @@ def main(config: Config) -> None:
     attention = attention_kernel(config.model.attention, accelerator.device)
     source = backbone(config)
     encoder = load_encoder(source, config.model.trust_remote_code)
-    train, ids = _demonstrations(run, "train", encoder, config)
-    held_out, _ = _demonstrations(run, "eval", encoder, config)
+    train = _demonstrations(run, "train", encoder, config)
+    held_out = _demonstrations(run, "eval", encoder, config)
     policy = load_policy(source, encoder, attention, config.model.trust_remote_code)
     policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
 
     steps = count_steps(len(train), settings.batch_size, settings.epochs)
     say(f"sft: {describe(accelerator)}; {parameter_count(policy) / 1e6:.1f}M parameters from {source}")
     say(f"sft: {settings.epochs:g} x {len(train):,} demonstrations / {settings.batch_size} = {steps:,} steps; "
-        f"{sum(len(c) for _, c in train):,} completion tokens")
+        f"{train.items_in('completion'):,} completion tokens")
     recipe = Recipe("sft", steps, settings.batch_size, settings.microbatch, settings.lr, "cosine", config.seed, precision(config.run.precision))
     trainer = DemonstrationTrainer(policy, train, encoder, recipe, config.run, stage.checkpoints, settings.lm_loss_weight)
-    trainer.follow(stage, config.run.keep_checkpoints, "sft", ids=ids)
+    trainer.follow(stage, config.run.keep_checkpoints, "sft", ids=train.table["id"])
     stage.forget_after(last_checkpoint(stage.checkpoints)[1], closing="peak_memory_mb")
     trainer.run()
 
@@ -68,29 +69,25 @@ def main(config: Config) -> None:
     accelerator.wait_for_everyone()
 
 
-def _demonstrations(run: Path, split: str, encoder: Encoder, config: Config) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
-    """(prompt ids, completion ids with EOS) of a split, and the rows' names; rows too long are left out and counted.
-
-    Raises InputError when none is left to train on.
-    """
+def _demonstrations(run: Path, split: str, encoder: Encoder, config: Config) -> EncodedRows:
+    """(prompt ids, completion ids with EOS) of a split; rows too long are left out and counted. Raises InputError when none is left to train on."""
     path, limits = run / "data" / "demonstrations" / f"{split}.jsonl", config.data
-    rows = [(encoder.prompt_ids(row["prompt"]), encoder.completion_ids(row["completion"]), row["id"]) for row in read_jsonl(path)]
-    kept = [row for row in rows if len(row[0]) <= limits.max_prompt_tokens and len(row[1]) <= limits.max_completion_tokens]
-    if len(kept) < len(rows):
-        say(f"sft: {len(rows) - len(kept):,} of {len(rows):,} {split} demonstrations left out, longer than data.max_prompt_tokens="
+    kept = demonstrations(path, encoder, limits.max_prompt_tokens, limits.max_completion_tokens)
+    if len(kept) < kept.read:
+        say(f"sft: {kept.read - len(kept):,} of {kept.read:,} {split} demonstrations left out, longer than data.max_prompt_tokens="
             f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}")
     if not kept and split == "train":
-        raise InputError(f"{path}: none of {len(rows)} demonstrations is short enough to train on; raise data.max_prompt_tokens="
+        raise InputError(f"{path}: none of {kept.read} demonstrations is short enough to train on; raise data.max_prompt_tokens="
                          f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}, or give other demonstrations")
-    return [(p, c) for p, c, _ in kept], [name for _, _, name in kept]
+    return kept
 
 
 @torch.inference_mode()
-def _eval_loss(policy, rows: list[tuple[list[int], list[int]]], pad_id: int, device) -> float | None:
+def _eval_loss(policy, rows: EncodedRows, pad_id: int, device) -> float | None:
     """Mean over all completion tokens, nats; None without rows."""
     total, count = 0.0, 0
-    for group in by_tokens([len(p) + len(c) for p, c in rows], EVAL_TOKENS) if rows else []:
-        batch = make_rows([rows[i][0] for i in group], [rows[i][1] for i in group], pad_id, device)
+    for group in by_tokens(rows.lengths.tolist(), EVAL_TOKENS) if rows else []:
+        batch = make_rows(*zip(*(rows[i] for i in group), strict=True), pad_id, device)
         loss, tokens = language_model_loss(policy_pass(policy, batch, 1.0)[0], batch.mask_BC)
         total, count = total + loss.item(), count + int(tokens)
     return total / count if count else None

@@ -120,6 +120,25 @@ def test_B3_a_prompt_has_as_many_markers_as_turns_whatever_is_said(texts):
     assert [i for i in ids if i in set(map(marker, MARKERS))] == [marker(USER)] * len(texts) + [marker(ASSISTANT)]
 
 
+@hypothesis_settings(max_examples=80, deadline=None)
+@given(tricky, tricky, tricky)
+def test_B3_the_boundary_of_prompt_and_completion_does_not_move(prompt, completion, other):
+    row = ENCODER.prompt_ids(user(prompt)) + ENCODER.completion_ids(completion)
+    boundary = row.index(marker(ASSISTANT)) + 1
+    assert row[:boundary] == ENCODER.prompt_ids(user(prompt)) and row.count(marker(ASSISTANT)) == 1
+    assert ENCODER.decode(row[boundary:]) == completion and row.count(ENCODER.eos_id) == 1
+    assert row[:boundary] == (ENCODER.prompt_ids(user(prompt)) + ENCODER.completion_ids(other))[:boundary]
+
+
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(tricky, min_size=1, max_size=3), max_size=4))
+def test_B3_many_at_once_are_encoded_as_each_alone(conversations):
+    messages = [[{"role": "user", "content": text} for text in texts] for texts in conversations]
+    texts = [text for texts in conversations for text in texts]
+    assert ENCODER.prompts_ids(messages) == [ENCODER.prompt_ids(one) for one in messages]
+    assert ENCODER.completions_ids(texts) == [ENCODER.completion_ids(text) for text in texts]
+
+
 def test_B3_private_characters_in_a_message_do_not_confuse_the_template():
     text = "\ue0000\ue001 and \ue0001\ue001"
     ids = ENCODER.prompt_ids([*user(text), {"role": "assistant", "content": text}, *user("x")])

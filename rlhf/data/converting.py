@@ -4,17 +4,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
-from rlhf.data.examples import Example, Made, Unusable, demonstration_row, preference_row, prompt_row, text_row
+from rlhf.data.examples import Example, Unusable, demonstration_row, preference_row, prompt_row, text_row
 from rlhf.data.formats import Format, check_kind, check_mapping, recognise
-from rlhf.data.reading import Drop, parts_of, read_part, renamed
+from rlhf.data.reading import Drop, Numbered, parts_of, read_part, renamed
 from rlhf.errors import InputError
 
 HEAD_ROWS = 64  # rows looked at to recognise a schema
 MAX_GROUP_ROWS = 10_000  # a column that names every row alike must not gather the whole file in memory
 
+REPEATED = "prompt seen before"
+
 Places = dict[str, dict[str, list[int]]]  # reason -> file -> lines
+Group = tuple[list[int], list["dict | Drop"]]  # lines and their rows; a line that could not be read is a group of its own
 
 
 @dataclass
@@ -63,12 +67,34 @@ class Report:
             "left_out": _counted(self.left_out),
         }
 
+    def drop(self, reason: str, part: str, line: int) -> None:
+        _note(self.dropped, reason, part, line)
+
     def count(self, row: dict) -> None:
         self.made += 1
         if "prompt" in row:
             self.turns[len(row["prompt"]) + (self.kind != "prompts")] += 1
         if "completions" in row:
             self.answers[len(row["completions"])] += 1
+
+    def add(self, later: "Report") -> None:
+        """Takes in the counts and places of a report on the rows that follow."""
+        self.read, self.made, self.documents_cut = self.read + later.read, self.made + later.made, self.documents_cut + later.documents_cut
+        self.turns.update(later.turns)
+        self.answers.update(later.answers)
+        for places, more in ((self.dropped, later.dropped), (self.left_out, later.left_out)):
+            for reason, files in more.items():
+                for part, lines in files.items():
+                    places.setdefault(reason, {}).setdefault(part, []).extend(lines)
+
+
+@dataclass
+class Part:
+    """One file or data set of a source: its schema and its numbered rows, to be read once."""
+
+    name: str
+    form: Format
+    rows: Numbered
 
 
 @dataclass
@@ -90,19 +116,13 @@ def convert(source: str, kind: str, mapping: dict[str, str] | None = None, *, ke
     check_mapping(mapping, source)
     report = Report(source, kind)
     parts = parts_of(source)
-    first = _open_part(parts[0], kind, mapping, report)
-    later = (_open_part(part, kind, mapping, report) for part in parts[1:])
+    first = open_part(parts[0], kind, mapping, report)
+    later = (open_part(part, kind, mapping, report) for part in parts[1:])
     return Converted(_rows(chain([first], later), kind, report, keep_ties), report)
 
 
-@dataclass
-class _Part:
-    name: str
-    form: Format
-    rows: Iterator[tuple[int, dict | Drop]]
-
-
-def _open_part(name: str, kind: str, mapping: dict[str, str] | None, report: Report) -> _Part:
+def open_part(name: str, kind: str, mapping: dict[str, str] | None, report: Report) -> Part:
+    """One file or data set of a source with its schema, which the report then knows. InputError if there is none for the kind."""
     numbered = read_part(name, by_line=kind == "prompts")
     if mapping:
         numbered = ((line, renamed(row, mapping) if isinstance(row, dict) else row) for line, row in numbered)
@@ -114,77 +134,89 @@ def _open_part(name: str, kind: str, mapping: dict[str, str] | None, report: Rep
             break
     form = recognise([row for _, row in head if isinstance(row, dict)], kind, mapping, name)
     report.formats[name] = form
-    return _Part(name, form, chain(head, numbered))
+    return Part(name, form, chain(head, numbered))
 
 
-def _rows(parts: Iterable[_Part], kind: str, report: Report, keep_ties: bool) -> Iterator[dict]:
+def _rows(parts: Iterable[Part], kind: str, report: Report, keep_ties: bool) -> Iterator[dict]:
     prompts_seen: set[bytes] = set()
     for part in parts:
-        for line, example in _examples(part, report):
-            try:
-                made = _made(example, kind, keep_ties)
-                if kind == "prompts":
-                    _refuse_repetition(made, prompts_seen)
-            except Unusable as why:
-                _note(report.dropped, why.reason, part.name, line)
-                continue
-            for reason in made.left_out:
-                _note(report.left_out, reason, part.name, line)
-            report.documents_cut += len(made.rows) > 1
-            for row in made.rows:
-                row["source"] = f"{part.name}:{line}"
-                report.count(row)
-                yield row
-    if report.made == 0:
-        raise InputError(_nothing_made(report))
+        examples = examples_of(part.form, groups_of(_counted_rows(part.rows, report), part.form.group))
+        for line, row in rows_of(examples, part.name, kind, report, keep_ties):
+            if kind == "prompts":
+                key = prompt_key(row)
+                if key in prompts_seen:
+                    report.drop(REPEATED, part.name, line)
+                    continue
+                prompts_seen.add(key)
+            report.count(row)
+            yield row
+    refuse_nothing(report)
 
 
-def _made(example: Example | Unusable, kind: str, keep_ties: bool) -> Made:
-    if isinstance(example, Unusable):
-        raise example
-    if kind == "preferences":
-        return preference_row(example, keep_ties)
-    return {"demonstrations": demonstration_row, "prompts": prompt_row, "text": text_row}[kind](example)
-
-
-def _examples(part: _Part, report: Report) -> Iterator[tuple[int, Example | Unusable]]:
-    """Examples of a part with their lines; what cannot even be read as an example comes as the reason why."""
-    for lines, rows in _groups(part, report):
-        try:
-            for example in part.form.read(rows if part.form.group else rows[0]):
-                yield lines[example.at], example
-        except Unusable as why:
-            yield lines[why.at], why
-
-
-def _groups(part: _Part, report: Report) -> Iterator[tuple[list[int], list[dict]]]:
-    """Rows that belong together with their lines: one by one, or neighbours that share the value of the schema's group column."""
-    lines: list[int] = []
-    rows: list[dict] = []
-    for line, row in part.rows:
+def _counted_rows(rows: Numbered, report: Report) -> Numbered:
+    for numbered in rows:
         report.read += 1
+        yield numbered
+
+
+def groups_of(rows: Numbered, column: str | None) -> Iterator[Group]:
+    """Rows that belong together with their lines: one by one, or neighbours that share the value of a schema's group column."""
+    lines: list[int] = []
+    rows_together: list[dict] = []
+    for line, row in rows:
         if isinstance(row, Drop):
-            _note(report.dropped, row.reason, part.name, line)
+            yield [line], [row]
             continue
-        if rows and _ends_group(rows, row, part.form.group):
-            yield lines, rows
-            lines, rows = [], []
+        if rows_together and _ends_group(rows_together, row, column):
+            yield lines, rows_together
+            lines, rows_together = [], []
         lines.append(line)
-        rows.append(row)
-    if rows:
-        yield lines, rows
+        rows_together.append(row)
+    if rows_together:
+        yield lines, rows_together
 
 
 def _ends_group(rows: list[dict], row: dict, column: str | None) -> bool:
     return column is None or row.get(column) != rows[-1].get(column) or len(rows) >= MAX_GROUP_ROWS
 
 
-def _refuse_repetition(made: Made, seen: set[bytes]) -> None:
-    turns = (part for turn in made.rows[0]["prompt"] for part in (turn["role"], turn["content"]))
-    key = hashlib.blake2b("\0".join(turns).encode(), digest_size=8).digest()  # no text that got here has a NUL in it
-    if key in seen:
-        raise Unusable("prompt seen before")
-    seen.add(key)
+def examples_of(form: Format, groups: Iterable[Group]) -> Iterator[tuple[int, Example | Unusable]]:
+    """Examples with their lines; what cannot even be read as an example comes as the reason why."""
+    for lines, rows in groups:
+        if isinstance(rows[0], Drop):
+            yield lines[0], Unusable(rows[0].reason)
+            continue
+        try:
+            for example in form.read(rows if form.group else rows[0]):
+                yield lines[example.at], example
+        except Unusable as why:
+            yield lines[why.at], why
+
+
+def rows_of(examples: Iterable[tuple[int, Example | Unusable]], part: str, kind: str, report: Report, keep_ties: bool) -> Iterator[tuple[int, dict]]:
+    """Canonical rows with their lines, not yet counted; what cannot be used goes into the report."""
+    make = {"preferences": partial(preference_row, keep_ties=keep_ties), "demonstrations": demonstration_row, "prompts": prompt_row,
+            "text": text_row}[kind]
+    for line, example in examples:
+        try:
+            if isinstance(example, Unusable):
+                raise example
+            made = make(example)
+        except Unusable as why:
+            report.drop(why.reason, part, line)
+            continue
+        for reason in made.left_out:
+            _note(report.left_out, reason, part, line)
+        report.documents_cut += len(made.rows) > 1
+        for row in made.rows:
+            row["source"] = f"{part}:{line}"
+            yield line, row
+
+
+def prompt_key(row: dict) -> bytes:
+    """64 bits that name a prompt with all its turns, exactly as it is written."""
+    turns = (part for turn in row["prompt"] for part in (turn["role"], turn["content"]))
+    return hashlib.blake2b("\0".join(turns).encode(), digest_size=8).digest()  # no text that got here has a NUL in it
 
 
 def _note(places: Places, reason: str, part: str, line: int) -> None:
@@ -198,6 +230,12 @@ def _counted(places: Places) -> dict:
 def _range(counts: Counter[int]) -> str:
     low, high = min(counts), max(counts)
     return str(low) if low == high else f"{low}-{high}"
+
+
+def refuse_nothing(report: Report) -> None:
+    """InputError if a whole source gave no row."""
+    if report.made == 0:
+        raise InputError(_nothing_made(report))
 
 
 def _nothing_made(report: Report) -> str:

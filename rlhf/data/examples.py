@@ -38,6 +38,14 @@ class Example:
     text: str | None = None
     family: str | None = None
     at: int = 0
+    _checked: tuple[list[dict[str, str]], str] | None = None
+
+    def checked(self) -> tuple[list[dict[str, str]], str]:
+        """The usable prompt and its id, found out once for all kinds of row; Unusable as `checked_prompt`."""
+        if self._checked is None:
+            prompt = checked_prompt(self.prompt)
+            self._checked = prompt, prompt_id(prompt)
+        return self._checked
 
 
 @dataclass(slots=True)
@@ -116,7 +124,7 @@ def number(value: object, reason: str) -> float:
 def preference_row(example: Example, keep_ties: bool = False) -> Made:
     """One row of ranked completions. Of more than two, empty ones and repetitions are left out and counted; of two, the row is unusable."""
     _no_problem(example)
-    prompt = checked_prompt(example.prompt)
+    prompt, identity = example.checked()
     if len(example.completions) != len(example.ranks):
         raise Unusable("answers and ranks differ in number")
     if len(example.completions) < 2:
@@ -129,7 +137,7 @@ def preference_row(example: Example, keep_ties: bool = False) -> Made:
     row = {"prompt": prompt, "completions": completions, "ranks": ranks}
     if example.margin is not None and len(completions) == 2:
         row["margin"] = example.margin
-    return Made([_signed(row, example)], left_out)
+    return Made([_signed(row, identity, example)], left_out)
 
 
 def _usable_completions(example: Example) -> tuple[list[int], list[str]]:
@@ -154,7 +162,7 @@ def _usable_completions(example: Example) -> tuple[list[int], list[str]]:
 def demonstration_row(example: Example) -> Made:
     """One row with the best answer; of several best ones the first; answers that are all tied show nobody's choice."""
     _no_problem(example)
-    prompt = checked_prompt(example.prompt)
+    prompt, identity = example.checked()
     if not example.completions:
         raise Unusable("no answer")
     if len(example.completions) != len(example.ranks):
@@ -163,13 +171,14 @@ def demonstration_row(example: Example) -> Made:
         raise Unusable("all tied")
     best = example.completions[example.ranks.index(min(example.ranks))]
     row = {"prompt": prompt, "completion": checked_text(best, "empty completion")}
-    return Made([_signed(row, example)])
+    return Made([_signed(row, identity, example)])
 
 
 def prompt_row(example: Example) -> Made:
     """One row with the prompt alone; a document is a prompt of one user turn. What is wrong with the answers does not matter."""
-    messages = example.prompt if example.text is None else [{"role": "user", "content": example.text}]
-    return Made([_signed({"prompt": checked_prompt(messages)}, example)])
+    asks = example if example.text is None else Example(prompt=[{"role": "user", "content": example.text}], family=example.family)
+    prompt, identity = asks.checked()
+    return Made([_signed({"prompt": prompt}, identity, asks)])
 
 
 def text_row(example: Example) -> Made:
@@ -202,8 +211,8 @@ def _no_problem(example: Example) -> None:
         raise Unusable(example.problem)
 
 
-def _signed(row: dict, example: Example) -> dict:
-    row["id"] = prompt_id(row["prompt"])
+def _signed(row: dict, identity: str, example: Example) -> dict:
+    row["id"] = identity
     if example.family is not None:
         row["family"] = example.family
     return row

@@ -151,7 +151,7 @@ def _file_rows(path: Path, by_line: bool) -> Numbered:
 
 
 def _check_start(path: Path) -> None:
-    """InputError for a file that is empty, or UTF-16, whatever its name says."""
+    """InputError for a file that is empty, UTF-16 or UTF-32, whatever its name says."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -160,7 +160,8 @@ def _check_start(path: Path) -> None:
     if not start:
         raise InputError(f"{path}: the file is empty; wanted at least one row")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{path}: line 1: the file is UTF-16; wanted UTF-8: save it again with that encoding")
+        found = "UTF-32" if start[2:] == b"\0\0" else "UTF-16"
+        raise InputError(f"{path}: line 1: the file is {found}; wanted UTF-8: save it again with that encoding")
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -245,12 +246,29 @@ def _row_of(text: str) -> "dict | Drop":
     return row if isinstance(row, dict) else Drop("not an object", f"a {type(row).__name__}")
 
 
+def lines_of(part: str) -> Iterator[tuple[int, bytes | None]] | None:
+    """The numbered lines of a part that holds JSON lines, not yet read as JSON (for `row_of_line`), without blank ones; None for any other part."""
+    path = Path(part)
+    if not path.is_file() or _kind(path) != "lines":
+        return None
+    return ((line, content) for line, content in _lines(path) if content is None or content.strip())
+
+
+def row_of_line(content: bytes | None) -> "dict | Drop":
+    """What stands on a line; None is a line beyond the limit of length."""
+    text = _text_of(content)
+    return _row_of(text) if isinstance(text, str) else text
+
+
+def is_plain_text(part: str) -> bool:
+    """True for text files, which give other rows when they are read line by line."""
+    return Path(part).is_file() and _kind(Path(part)) == "text"
+
+
 def _json_lines(path: Path) -> Numbered:
     for line, content in _lines(path):
-        if content is not None and not content.strip():
-            continue
-        text = _text_of(content)
-        yield line, _row_of(text) if isinstance(text, str) else text
+        if content is None or content.strip():
+            yield line, row_of_line(content)
 
 
 def _json_file(path: Path) -> Numbered:

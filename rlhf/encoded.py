@@ -1,0 +1,112 @@
+"""Encoded rows of a run's files as tables mapped into memory: made once for the content of a file, an encoder and the limits of length.
+
+A table lies beside its file, in RUN/data/KIND/encoded/HASH/, or in the folder that the environment variable RLHF_CACHE names, which runs then
+share. While a table is made a thousand rows are in memory, later those that were asked for.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+from datasets import Dataset
+
+from rlhf.encoding import Encoder
+from rlhf.jsonl import read_jsonl, replacing_folder, write_json
+from rlhf.runs import file_digest
+
+BATCH_ROWS = 1000
+VERSION = 1  # another number whenever the same rows would be encoded otherwise
+IDS, NUMBERS, TEXT = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float64()), pyarrow.string()
+SCHEMAS = {  # of every kind of row; length: tokens of a row, of its longest completion where it has several
+    "text": {"ids": IDS},
+    "prompts": {"messages": pyarrow.list_(pyarrow.struct({"role": TEXT, "content": TEXT})), "ids": IDS, "id": TEXT, "family": TEXT},
+    "demonstrations": {"prompt": IDS, "completion": IDS, "id": TEXT},
+    "rankings": {"prompt": IDS, "completions": pyarrow.list_(IDS), "ranks": IDS, "margin": pyarrow.float64(), "gold": NUMBERS, "id": TEXT},
+}
+
+
+class EncodedRows(Sequence):
+    """Rows of a table; `shape` makes what its readers want of one (a dict without it). `read`: rows of the file, those that were left out too."""
+
+    def __init__(self, folder: Path, shape: Callable[[dict], object]):
+        table = Dataset.from_file(str(folder / "rows.arrow"))
+        self.read: int = json.loads((folder / "about.json").read_text(encoding="utf-8"))["read"]
+        self.lengths: np.ndarray = table.data.column("length").to_numpy()
+        self.table = table.remove_columns("length")
+        self._shape = shape
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, place):
+        """A row, or a list of them for a slice or a list of places."""
+        if isinstance(place, slice):
+            place = list(range(*place.indices(len(self))))
+        if not isinstance(place, list):
+            return self[[place]][0]
+        columns = self.table[place]
+        return [self._shape(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+    def items_in(self, column: str) -> int:
+        """Items of all lists of a column together."""
+        return pyarrow.compute.sum(pyarrow.compute.list_value_length(self.table.data.column(column))).as_py() or 0
+
+
+def encoded_rows(path: Path, encoder: Encoder, kind: str, recipe: Sequence, encode: Callable[[list[dict]], list[dict]],
+                 shape: Callable[[dict], object] = lambda row: row, wanted: Callable[[dict], bool] | None = None) -> EncodedRows:
+    """The rows of a file as `encode` makes them (some may be left out; each says its `length`), from the table if there is one already.
+
+    `kind` names a schema, `recipe` all values that `encode` and `wanted` depend on beside rows and encoder. Rows that are not `wanted` do not
+    count as read. Raises InputError for a file that is not there.
+    """
+    next(read_jsonl(path), None)  # complains of a missing file
+    folder = _tables(path) / _name(path, encoder, kind, recipe)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that want a table one makes it
+        if not folder.is_dir():
+            with replacing_folder(folder) as partial:
+                read = _write(partial / "rows.arrow", filter(wanted, read_jsonl(path)), kind, encode)
+                write_json(partial / "about.json", {"file": str(path), "kind": kind, "recipe": list(recipe), "read": read})
+    return EncodedRows(folder, shape)
+
+
+def demonstrations(path: Path, encoder: Encoder, max_prompt_tokens: int, max_completion_tokens: int) -> EncodedRows:
+    """(prompt ids, completion ids with EOS) of a file of demonstrations, without those that are too long."""
+    def encode(rows: list[dict]) -> list[dict]:
+        prompts, completions = encoder.prompts_ids([row["prompt"] for row in rows]), encoder.completions_ids([row["completion"] for row in rows])
+        return [{"prompt": prompt, "completion": completion, "id": row["id"], "length": len(prompt) + len(completion)}
+                for row, prompt, completion in zip(rows, prompts, completions, strict=True)
+                if len(prompt) <= max_prompt_tokens and len(completion) <= max_completion_tokens]
+
+    return encoded_rows(path, encoder, "demonstrations", (max_prompt_tokens, max_completion_tokens), encode,
+                        lambda row: (row["prompt"], row["completion"]))
+
+
+def _tables(path: Path) -> Path:
+    shared = os.environ.get("RLHF_CACHE")
+    return Path(shared) if shared else path.parent / "encoded"
+
+
+def _name(path: Path, encoder: Encoder, kind: str, recipe: Sequence) -> str:
+    rules = encoder.tokenizer.backend_tokenizer.to_str() if encoder.tokenizer.is_fast else ""  # the same vocabulary may be used by other rules
+    parts = json.dumps([VERSION, file_digest(path), encoder.fingerprint(), rules, kind, list(recipe)])
+    return hashlib.sha256(parts.encode()).hexdigest()[:24]
+
+
+def _write(path: Path, rows: Iterator[dict], kind: str, encode: Callable[[list[dict]], list[dict]]) -> int:
+    """Writes the table; returns how many rows were read for it."""
+    schema = pyarrow.schema({**SCHEMAS[kind], "length": pyarrow.int32()})
+    read = 0
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as table:
+        while batch := list(islice(rows, BATCH_ROWS)):
+            read += len(batch)
+            table.write(pyarrow.RecordBatch.from_pylist(encode(batch), schema=schema))
+    return read

@@ -1,0 +1,78 @@
+"""How fast `prepare` reads a large file, and in how much memory: a benchmark, no test.
+
+    python -m tests.bench_prepare --rows 2000000
+
+Writes preferences of about a kilobyte each into a temporary folder (as JSON lines, or with --parquet as one Parquet file), runs `prepare` on
+them in a process of its own, and prints rows a second, MB a second and the largest resident memory of that process and those that it
+started, summed (pages that they share count more than once). Everything is deleted again.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil  # accelerate brings it
+
+WORDS = ["river", "lantern", "walks", "slowly", "under", "seven", "bright", "clouds", "while", "nobody", "counts", "small", "green", "boats"]
+POLL = 0.1  # seconds
+
+
+def rows(count: int):
+    """Preferences with distinct prompts; a row takes about 1,000 bytes."""
+    rng = random.Random(1)
+    sentences = [" ".join(rng.choices(WORDS, k=12)).capitalize() + "." for _ in range(5000)]
+    for number in range(count):
+        prompt, chosen, rejected = (" ".join(rng.choices(sentences, k=k)) for k in (3, 6, 5))
+        yield {"prompt": f"Question {number}: {prompt}", "chosen": chosen, "rejected": rejected}
+
+
+def write(path: Path, count: int) -> None:
+    """The rows as JSON lines or, by the file's name, as Parquet."""
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        Dataset.from_generator(rows, gen_kwargs={"count": count}, cache_dir=str(path.parent / "cache")).to_parquet(path)
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows(count):
+            file.write(json.dumps(row) + "\n")
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident memory (bytes) of a command and the processes below it. Raises CalledProcessError when it fails."""
+    began, peak = time.perf_counter(), 0
+    with subprocess.Popen(command) as process:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # one of them ended meanwhile
+                peak = max(peak, sum(one.memory_info().rss for one in (watched, *watched.children(recursive=True))))
+            time.sleep(POLL)
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return seconds, peak
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rows", type=int, default=200_000)
+    options.add_argument("--parquet", action="store_true")
+    arguments = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ("rows.parquet" if arguments.parquet else "rows.jsonl")
+        write(file, arguments.rows)
+        command = [sys.executable, "-m", "stages.prepare", "--quiet", f"run.dir={folder}/run", f"data.preferences={file}"]
+        seconds, peak = measured(command)
+        size = file.stat().st_size
+    print(f"{arguments.rows:,} rows, {size / 1e9:.2f} GB: {seconds:.1f} s, {arguments.rows / seconds:,.0f} rows/s, {size / seconds / 1e6:.0f} MB/s, "
+          f"peak {peak / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -240,13 +240,18 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
     saved = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     changes = [f"the finished stage {p} has changed since" for p, d in stage._manifest["parents"].items() if old.get("parents", {}).get(p) != d]
     changes += [f"the input {p} has changed since" for p, d in stage._manifest["inputs"].items() if old.get("inputs", {}).get(p) != d]
-    now = config_to_tree(stage.config)
+    now, new = config_to_tree(stage.config), config_to_tree(Config())  # a setting that did not exist then had the effect of its default
     for entry in ("seed", *READS[stage.name]):
         section, _, key = entry.partition(".")
         for field in [key] if key else (now[section] if isinstance(now[section], dict) else [None]):
-            was, wanted = (saved.get(section), now[section]) if field is None else (saved.get(section, {}).get(field), now[section][field])
+            if field is None:
+                was, wanted = saved.get(section), now[section]
+            else:
+                was, wanted = saved.get(section, {}).get(field, new[section][field]), now[section][field]
             if was != wanted and field not in _not_deciding(section, stage.config):
                 changes.append(f"{section}{'.' + field if field else ''} was {was!r} and is now {wanted!r}")
+    if saved and not changes:
+        return
     raise InputError(f"{stage.folder} holds another experiment: {'; '.join(changes) or 'its settings differ'}. Nothing was written. "
                      f"Name another folder with run.dir=..., or delete {stage.folder} and the stages after it")
 

@@ -135,6 +135,18 @@ def test_another_seed_is_another_experiment(config):
     assert f"seed was {config.seed} and is now {config.seed + 1}" in refusal("prepare", config_from_tree(tree, "it"))
 
 
+def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(config):
+    stage = open_stage("reward", config)
+    stage.finish()
+    saved, manifest = (stage.folder / name for name in ("config.yaml", "manifest.json"))
+    tree = yaml.safe_load(saved.read_text())
+    del tree["reward"]["flip_rate"]
+    saved.write_text(yaml.safe_dump(tree))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "fingerprint": "made before that setting"}))
+    assert open_stage("reward", config).done
+    assert "reward.flip_rate was 0.0 and is now 0.25" in refusal("reward", replace_section(config, "reward", flip_rate=0.25))
+
+
 def test_settings_that_a_stage_does_not_read_do_not_matter_to_it(config):
     open_stage("pretrain", config).finish()
     changed = replace_section(replace_section(config, "ppo", lr=0.5), "run", save_every=7, threads=1)

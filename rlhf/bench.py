@@ -120,19 +120,19 @@ def measure(config: Config, steps: int, peer_folder: Path | None = None) -> dict
             ours.append(timed_step(learner, rows, step))
         memory = peak_memory_mb()
     figures = summary(learner, ours[1:]) | {"peak_memory_mb": memory, "sampling": sampling(learner, batches[-1])}
-    return figures | (against(peers[1:], figures["seconds"]["step"]) if peers else {})
+    return figures | (against(peers[1:], figures) if peers else {})
 
 
 def timed_step(learner: Learner, rows: list[Prompt], step: int) -> dict:
     """One PPO step: its seconds, those of its phases, its real tokens and mean score; and the rate of products right after it."""
     learner.clock.take()
     learner.model.train()
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     rollout = learner.roll(rows, learner.config.ppo.kl_coef, 1, step)
     figures = rollout.statistics(learner.encoder) | learner.learn(rollout, step)
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "tokens": rollout.tokens, "score_mean": figures["score_mean"], "length_mean": figures["length_mean"],
-            "product_rate": product_rate(learner.accelerator), **learner.clock.take()}
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": rollout.tokens, "score_mean": figures["score_mean"],
+            "length_mean": figures["length_mean"], "product_rate": product_rate(learner.accelerator), **learner.clock.take()}
 
 
 def product_rate(accelerator) -> float:
@@ -168,7 +168,8 @@ def summary(learner: Learner, steps: list[dict]) -> dict:
     return {
         "run": learner.config.run.dir, "where": describe(learner.accelerator), "parameters": parameters, "batch_size": settings.batch_size,
         "minibatches": settings.minibatches, "epochs": settings.epochs, "max_completion_tokens": learner.config.data.max_completion_tokens,
-        "lora_rank": learner.config.model.lora_rank, "seconds": seconds, "steps": [s["seconds"] for s in steps], "tokens": middle("tokens"),
+        "lora_rank": learner.config.model.lora_rank, "seconds": seconds, "steps": [s["seconds"] for s in steps],
+        "cpu_seconds": middle("cpu_seconds"), "tokens": middle("tokens"),
         "tokens_per_second": statistics.median(s["tokens"] / s["seconds"] for s in steps), "length_mean": middle("length_mean"),
         "score_means": [s["score_mean"] for s in steps], "product_rate": rate, "update_rate": operations / seconds["update"],
         "update_product_share": operations / seconds["update"] / rate}
@@ -224,7 +225,7 @@ class Peer:
         self._send(json.dumps(work))
 
     def step(self) -> dict:
-        """One step's {"seconds", "score_mean", "peak_memory_mb"}. Raises InputError when the peer has ended."""
+        """One step's {"seconds", "cpu_seconds", "score_mean", "peak_memory_mb"}. Raises InputError when the peer has ended."""
         self._send("step")
         return json.loads(self.process.stdout.readline() or self._ended())
 
@@ -255,12 +256,13 @@ def peer_work(config: Config, accelerator, batches: list[list[Prompt]]) -> dict:
             "whiten_rewards": settings.whiten_rewards, "missing_eos_penalty": abs(settings.missing_eos_score)}}
 
 
-def against(peers: list[dict], seconds: float) -> dict:
-    """The peer's figures, and how many of our steps fit into one of its."""
-    median = statistics.median(p["seconds"] for p in peers)
-    return {"ppo_step_ratio": median / seconds,
-            "peer": {"name": "trl 1.12", "seconds": median, "steps": [p["seconds"] for p in peers], "score_means": [p["score_mean"] for p in peers],
-                     "peak_memory_mb": peers[-1]["peak_memory_mb"]}}
+def against(peers: list[dict], ours: dict) -> dict:
+    """The peer's figures, and how many of our steps fit into one of its, by the clock and by the CPU seconds both took (which hardly depend on
+    what else the machine does)."""
+    seconds, cpu_seconds = (statistics.median(p[name] for p in peers) for name in ("seconds", "cpu_seconds"))
+    return {"ppo_step_ratio": seconds / ours["seconds"]["step"], "ppo_step_cpu_ratio": cpu_seconds / ours["cpu_seconds"],
+            "peer": {"name": "trl 1.12", "seconds": seconds, "steps": [p["seconds"] for p in peers], "cpu_seconds": cpu_seconds,
+                     "score_means": [p["score_mean"] for p in peers], "peak_memory_mb": peers[-1]["peak_memory_mb"]}}
 
 
 def as_text(figures: dict) -> str:
@@ -282,8 +284,8 @@ def as_text(figures: dict) -> str:
               f"peak memory: {figures['peak_memory_mb']:,} MiB"]
     if "peer" in figures:
         peer = figures["peer"]
-        lines += [f"{peer['name']}: {peer['seconds']:.2f} s a step, {figures['ppo_step_ratio']:.1f} times ours; peak memory "
-                  f"{peer['peak_memory_mb']:,} MiB"]
+        lines += [f"{peer['name']}: {peer['seconds']:.2f} s a step, {figures['ppo_step_ratio']:.1f} times ours (by CPU seconds "
+                  f"{figures['ppo_step_cpu_ratio']:.1f}); peak memory {peer['peak_memory_mb']:,} MiB"]
     return "\n".join(lines)
 
 

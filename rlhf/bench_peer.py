@@ -3,7 +3,8 @@
     PYTHONPATH=DIR python -m rlhf.bench_peer      # started by rlhf/bench.py; DIR holds trl 1.12
 
 The first line on standard input is the work as JSON (rlhf/bench.py: peer_work); every line after it asks for one step, and is answered by one
-line of JSON: {"seconds": of the step, "score_mean": of its completions, "peak_memory_mb": MiB so far}. At the end of the input it ends.
+line of JSON: {"seconds", "cpu_seconds": of the step, "score_mean": of its completions, "peak_memory_mb": MiB so far}. At the end of the input it
+ends.
 TRL's own way is kept: samples and rollout passes in fp32, autocast only around the update's forward pass, the attention kernel that
 `transformers` chooses. It takes an optimizer step after each minibatch, as ours does: its microbatch is therefore set to the whole batch, of which
 it never sees more than a minibatch at once.
@@ -40,14 +41,15 @@ class Turns(TrainerCallback):
         self.score_mean = (logs or {}).get("objective/scores", self.score_mean)
 
     def on_step_end(self, args, state, control, **kwargs):
-        figures = {"seconds": time.perf_counter() - self.began, "score_mean": self.score_mean, "peak_memory_mb": peak_memory_mb()}
+        figures = {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time() - self.cpu_began,
+                   "score_mean": self.score_mean, "peak_memory_mb": peak_memory_mb()}
         print(json.dumps(figures), file=self.answers, flush=True)
         self._wait()
 
     def _wait(self):
         if not sys.stdin.readline():
             sys.exit()  # nobody asks any more
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of prompt + completion, N completion tokens of all rows
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 
 PICKED_STEP = 256  # see WIDTH_STEP in rlhf/masking.py
 ROWS_STEP = 16
+PASS_TOKENS = 512  # tokens that take as long as a pass takes beside its tokens (configs/EXPERIMENTS.md)
 SCALES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # models that do more than a matrix product after the trunk
 
 
@@ -118,6 +120,27 @@ def by_tokens(lengths: list[int], budget: int, at_least: int = 1) -> list[list[i
             if groups[-1] and (len(groups[-1]) + 1) * width > budget:  # the rest has no room for a row so much longer
                 groups.append([])
         groups[-1].append(i)
+    return _at_least(groups, at_least)
+
+
+def tight_groups(lengths: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
+    """`by_tokens` with less padding: its groups are cut wherever narrower ones save more tokens than one more pass costs."""
+    groups = by_tokens(lengths, budget)
+    return _at_least([part for group in groups for part in _cut(group, [round_up(lengths[i], WIDTH_STEP) for i in group])], at_least)
+
+
+def _cut(group: list[int], widths: list[int]) -> list[list[int]]:
+    """`group`, its rows from the narrowest on, in consecutive parts of whole ROWS_STEPs whose padded tokens and passes together cost least."""
+    ends = [*range(0, len(group), ROWS_STEP), len(group)]
+    cheapest: list[tuple[int, tuple[int, ...]]] = [(0, (0,))]  # of the rows up to each end: cost in tokens, and where the parts begin and end
+    for end in ends[1:]:
+        ways = [(cost + (end - cuts[-1]) * widths[end - 1] + PASS_TOKENS, (*cuts, end)) for cost, cuts in cheapest]
+        cheapest.append(min(ways))
+    return [group[a:b] for a, b in pairwise(cheapest[-1][1])]
+
+
+def _at_least(groups: list[list[int]], at_least: int) -> list[list[int]]:
+    """`groups`, the largest halved until there are `at_least`, as far as rows allow."""
     while len(groups) < at_least and max(map(len, groups)) > 1:
         largest = max(range(len(groups)), key=lambda g: len(groups[g]))
         group = groups.pop(largest)
@@ -129,7 +152,7 @@ def by_tokens(lengths: list[int], budget: int, at_least: int = 1) -> list[list[i
 def logprob_sums(policy, pairs: list[tuple[list[int], list[int]]], pad_id: int, temperature: float, budget: int) -> list[float]:
     """Log-probability, nats, of each completion given its prompt, in the order given."""
     device, sums = next(policy.parameters()).device, [0.0] * len(pairs)
-    for group in by_tokens([len(p) + len(c) for p, c in pairs], budget):
+    for group in tight_groups([len(p) + len(c) for p, c in pairs], budget):
         rows = make_rows([pairs[i][0] for i in group], [pairs[i][1] for i in group], pad_id, device)
         for i, total in zip(group, policy_pass(policy, rows, temperature)[0].sum(1).tolist(), strict=True):
             sums[i] = total

@@ -15,7 +15,7 @@ from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 from rlhf.models import load_encoder, load_reward_model, longest_row
-from rlhf.passes import by_tokens
+from rlhf.passes import tight_groups
 
 Scorer = Callable[[list[list[dict]], list[list[int]], Encoder], torch.Tensor]
 """f(prompts as messages, completions as ids of the policy's encoder, that encoder) -> scores_B, fp32 on the CPU."""
@@ -33,7 +33,7 @@ def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = 1
     check_length(reward_model, max(map(len, rows)))
     device = next(reward_model.parameters()).device
     scores_B = torch.empty(len(rows))
-    for group in by_tokens([len(r) for r in rows], budget):
+    for group in tight_groups([len(r) for r in rows], budget):
         ids_BT = right_pad([rows[i] for i in group], pad_id, WIDTH_STEP).to(device)
         mask_BT = length_mask([len(rows[i]) for i in group], ids_BT.shape[1]).to(device)
         scores_B[group] = reward_model(input_ids=ids_BT, attention_mask=mask_BT.long()).logits[:, 0].float().cpu()

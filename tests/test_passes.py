@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model, save_model
-from rlhf.passes import PolicyAndValue, ValueModel, by_tokens, logprob_sums, make_rows, policy_pass
+from rlhf.passes import PASS_TOKENS, PolicyAndValue, ValueModel, by_tokens, logprob_sums, make_rows, policy_pass, tight_groups
 from tests.helpers import CONTEXT, linear_head, llama, naive_logprobs, nano, rough, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -133,9 +133,9 @@ def padded(length):
 
 
 @given(st.one_of(st.lists(st.integers(1, 30), min_size=1, max_size=25), st.lists(st.sampled_from([3, 8, 9, 200]), min_size=1, max_size=80)),
-       st.integers(1, 700), st.integers(1, 8))
-def test_P4_groups_hold_every_row_once_within_the_budget(lengths, budget, at_least):
-    groups = by_tokens(lengths, budget, at_least)
+       st.integers(1, 20_000), st.integers(1, 8), st.sampled_from([by_tokens, tight_groups]))
+def test_P4_groups_hold_every_row_once_within_the_budget(lengths, budget, at_least, grouped):
+    groups = grouped(lengths, budget, at_least)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(group) == 1 or len(group) * padded(max(lengths[i] for i in group)) <= budget for group in groups)
     assert len(groups) >= min(at_least, len(lengths)) and all(groups)
@@ -147,3 +147,24 @@ def test_P4_groups_by_hand():
     assert list(map(len, by_tokens([8] * 31 + [200], 256))) == [16, 15, 1]
     assert by_tokens([3, 3, 3, 3], 100) == [[0, 1, 2, 3]]
     assert sorted(map(len, by_tokens([3, 3, 3, 3], 100, at_least=3))) == [1, 1, 2]
+
+
+def cost(lengths, groups):
+    """Tokens with padding, and those that the passes are worth."""
+    return sum(len(group) * padded(max(lengths[i] for i in group)) + PASS_TOKENS for group in groups)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=100), st.integers(300, 20_000))
+def test_P4_tight_groups_never_cost_more(lengths, budget):
+    assert cost(lengths, tight_groups(lengths, budget)) <= cost(lengths, by_tokens(lengths, budget))
+
+
+def test_P4_tight_groups_by_hand():
+    """A pass is worth 512 tokens."""
+    # together 32 x 200 + 512 = 6,912; apart 16 x 8 + 512 and 16 x 200 + 512 = 4,352
+    assert tight_groups([200] * 16 + [8] * 16, 10_000) == [list(range(16, 32)), list(range(16))]
+    # together 32 x 32 + 512 = 1,536; apart 16 x 8 + 512 and 16 x 32 + 512 = 1,664
+    assert tight_groups([32] * 16 + [8] * 16, 10_000) == [[*range(16, 32), *range(16)]]
+    # cuts lie at multiples of 16 rows, and both kinds of the wide rows go together: 3 x 16 narrow ones, then 16 with the rest
+    assert list(map(len, tight_groups([8] * 50 + [96] * 13 + [104], 10_000))) == [48, 16]
+    assert tight_groups([8] * 15 + [250], 10_000) == [list(range(16))]

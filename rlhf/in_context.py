@@ -75,6 +75,6 @@ def summarise_in_context(scores: dict[str, dict[int, list[dict]]], baseline: str
 
 def _difference(grades: list[dict], baseline: list[dict]) -> dict:
     differences = np.array([a["gold"] - b["gold"] for a, b in zip(grades, baseline, strict=True)])
-    half = Z95 * differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    half = Z95 * float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
     mean = float(differences.mean())
     return {"against_sft": mean, "ci95": [max(mean - half, -1.0), min(mean + half, 1.0)]}

@@ -69,7 +69,8 @@ def main(config: Config) -> None:
     if not stage.main:
         return
     samples = _samples(prompts, answers, scores, judge)
-    summary = summarise(samples, judge, settings.policies, proxy_is_judge=judge == "proxy", pair_judge=pair_judge)
+    is_proxy = judge == "proxy" or Path(judge).resolve() in [folder.resolve() for folder in folders]
+    summary = summarise(samples, judge, settings.policies, proxy_is_judge=is_proxy, pair_judge=pair_judge)
     if in_context:
         summary["in_context"] = summarise_in_context(in_context)
     summary["run"] = {"config": config.run.dir, "seed": config.seed, "commit": source_commit(), "temperature": settings.temperature,

@@ -20,6 +20,9 @@ import time
 import types
 from pathlib import Path
 
+import rlhf  # noqa: F401 - before torch: it decides how OpenMP's threads wait
+
+# isort: split
 import torch
 
 from rlhf import world

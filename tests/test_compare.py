@@ -77,6 +77,12 @@ def test_E1_last_weights_of_a_run_without_an_average_are_refused(run):
         compared(run, policies=["sft", "ppo_last"])
 
 
+def test_E2_the_training_reward_is_known_by_its_folder_too(run):
+    summary, _, report = compared(run, judge=str(run / "ppo" / ".." / "reward" / "model"))
+    assert summary["proxy_is_judge"] and report.startswith("# Judged by the very reward that PPO was trained on")
+    assert summary["policies"]["ppo"]["judge_mean"] == pytest.approx(summary["policies"]["ppo"]["proxy_mean"])
+
+
 def test_E3_a_function_judges_pairs_in_both_orders(run):
     summary, samples, report = compared(run, policies=["sft", "ppo", "best_of_2"], judge="tests.test_compare:likes_commas")
     commas = [[row["answers"][name]["text"].count(",") for row in samples] for name in ("ppo", "sft")]

@@ -1,12 +1,17 @@
 """Threads that compute parts of a step: the same gradients as one thread, to the bit whoever finishes first."""
 
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 
 import pytest
 import torch
 
+from rlhf.cli import STAGES
 from rlhf.optimizers import pretraining_optimizers
+from rlhf.paths import PACKAGE
 from rlhf.workers import Workers, accumulate
 from tests.helpers import cpu, nano, tiny_encoder
 
@@ -60,3 +65,21 @@ def test_the_optimizers_of_pretraining_hold_every_weight_once_and_step_alike_in_
         models.append(model)
     for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("entry", ["rlhf.cli", *(f"stages.{name}" for name in STAGES)])
+def test_threads_wait_asleep_however_the_program_is_started(entry):
+    """`python -m stages.reward` once imported torch before rlhf: its threads spun, and beside other work its steps took many times as long."""
+    script = f"""
+import importlib, os, sys
+class AtTorch:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.exit()
+sys.meta_path.insert(0, AtTorch())
+importlib.import_module("{entry}")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=PACKAGE.parent, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() in ([], ["PASSIVE"]), done.stderr  # the pipeline's command line needs no torch before it runs a stage

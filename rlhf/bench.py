@@ -4,8 +4,8 @@
     rlhf bench --run runs/quickstart --peer trl-1.12 --json
     rlhf bench --run runs/quickstart --sweep speed
 
-Takes RUN's prompts, SFT model and reward model, and the settings of its ppo stage; settings may be given as section.key=value. Nothing is
-written below RUN. For --peer, TRL 1.12 (the last with PPO) lies in a folder of its own: pip install --no-deps --target trl-1.12 trl==1.12.0
+Takes RUN's prompts, SFT model and reward model, and the settings of its ppo stage; settings may be given as section.key=value. No file
+of RUN changes. For --peer, TRL 1.12 (the last with PPO) lies in a folder of its own: pip install --no-deps --target trl-1.12 trl==1.12.0
 Both sides then do the same work: weights, prompts, batch, epochs, minibatches, learning rate, KL price, temperature, threads, precision; their
 steps alternate, the first of each is left out, and medians are compared. With model.lora_rank only our side trains adapters.
 --sweep repeats this (without a peer) over batch sizes, completion lengths and sizes of the small GPT, and leaves charts and a table in a folder.

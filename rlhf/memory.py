@@ -1,6 +1,9 @@
-"""When a microbatch does not fit into memory: it is halved and tried again with the same mathematics (CANON P4)."""
+"""When a microbatch does not fit into memory: it is halved and tried again with the same mathematics (CANON P4); and what is free goes back.
+"""
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable
 
 import torch
@@ -14,6 +17,13 @@ WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_all
 def is_out_of_memory(error: BaseException) -> bool:
     """True for every way in which torch says that memory ran out, on GPUs and CPUs."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(w in str(error) for w in WORDS)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, which glibc keeps otherwise: a stage in one process with others would add to what they left."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Microbatch:

@@ -14,6 +14,7 @@ from functools import partial
 from rlhf.cli import run_stage
 from rlhf.compute import wait_for_everyone
 from rlhf.config import Config
+from rlhf.memory import give_back
 from rlhf.progress import say
 from rlhf.runs import replace_section
 from stages import collect, compare, ppo, prepare, pretrain, reward, sft
@@ -39,6 +40,7 @@ def _timed(name: str, action) -> None:
     began = time.perf_counter()
     action()
     wait_for_everyone()  # the main process alone writes what the next stage reads
+    give_back()
     say(f"pipeline: {name.removeprefix('stages.')} took {time.perf_counter() - began:.0f} s")
 
 

@@ -1,5 +1,10 @@
 """Memory that runs out: microbatches are halved, the gradients stay those of the whole minibatch, and what cannot fit is said."""
 
+import ctypes
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -79,3 +84,20 @@ def test_P4_an_update_that_ran_out_of_memory_half_way_has_the_gradients_of_one_t
     scale = max(g.abs().max() for g in expected.values())
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() <= 1e-6 * scale, name
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc, which alone keeps what was freed")
+def test_freed_memory_goes_back_to_the_system():
+    """300 MB in small blocks are freed except for the last, below which glibc keeps everything."""
+    code = """
+from rlhf.memory import give_back
+pages = lambda: int(open("/proc/self/statm").read().split()[1])
+blocks = [bytearray(100_000) for _ in range(3000)]
+last = blocks[-1]
+del blocks
+held = pages()
+give_back()
+print(held - pages())
+"""
+    went = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(went) * resource.getpagesize() > 200e6

@@ -3,14 +3,15 @@
     python -m tests.bench_prepare --rows 2000000
 
 Writes preferences of about a kilobyte each into a temporary folder (as JSON lines, or with --parquet as one Parquet file), runs `prepare` on
-them in a process of its own, and prints rows a second, MB a second and the largest resident memory of that process and those that it
-started, summed (pages that they share count more than once). Everything is deleted again.
+them in a process of its own, and prints rows a second, MB a second, the seconds of CPU that it and the processes it started took, and their
+largest resident memory, summed (pages that they share count more than once). Everything is deleted again.
 """
 
 import argparse
 import contextlib
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,8 @@ def write(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident memory (bytes) of a command and the processes below it. Raises CalledProcessError when it fails."""
+def measured(command: list[str]) -> tuple[float, float, float]:
+    """Seconds, CPU seconds and peak resident memory (bytes) of a command and the processes below it. Raises CalledProcessError when it fails."""
     began, peak = time.perf_counter(), 0
     with subprocess.Popen(command) as process:
         watched = psutil.Process(process.pid)
@@ -56,7 +57,8 @@ def measured(command: list[str]) -> tuple[float, float]:
     seconds = time.perf_counter() - began
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return seconds, peak
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, used.ru_utime + used.ru_stime, peak
 
 
 def main() -> None:
@@ -68,10 +70,10 @@ def main() -> None:
         file = Path(folder) / ("rows.parquet" if arguments.parquet else "rows.jsonl")
         write(file, arguments.rows)
         command = [sys.executable, "-m", "stages.prepare", "--quiet", f"run.dir={folder}/run", f"data.preferences={file}"]
-        seconds, peak = measured(command)
+        seconds, cpu, peak = measured(command)
         size = file.stat().st_size
     print(f"{arguments.rows:,} rows, {size / 1e9:.2f} GB: {seconds:.1f} s, {arguments.rows / seconds:,.0f} rows/s, {size / seconds / 1e6:.0f} MB/s, "
-          f"peak {peak / 1e9:.2f} GB")
+          f"{cpu:.0f} CPU seconds, peak {peak / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ SHARES = dict.fromkeys(KINDS, (0.2, 0.2)) | {"text": (0.1, 0.0)}
 def in_bulk(source, kinds=KINDS, mapping=None, processes=1):
     """Lines by kind and split, and the reports, of `convert_all`."""
     reports, found = {kind: Report(source, kind) for kind in kinds}, {}
-    for kind, split, lines in bulk.convert_all(source, reports, mapping, SHARES, False, processes):
-        found.setdefault((kind, split), []).extend(lines)
+    for kind, split, count, lines in bulk.convert_all(source, reports, mapping, SHARES, False, processes):
+        assert count == lines.count(b"\n")
+        found.setdefault((kind, split), []).extend(line + "\n" for line in lines.decode().split("\n")[:-1])
     return found, reports
 
 

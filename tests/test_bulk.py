@@ -52,6 +52,7 @@ def awkward_lines(count):
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(bulk, "BATCH_ROWS", 10)
+    monkeypatch.setattr(bulk, "BATCH_GROUPS", 3)
     monkeypatch.setattr(bulk, "ALONE", 2)
 
 

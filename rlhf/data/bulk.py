@@ -20,7 +20,8 @@ from rlhf.data.reading import is_plain_text, lines_of, parts_of, renamed, row_of
 from rlhf.data.splits import split_of
 from rlhf.jsonl import json_line
 
-BATCH_ROWS, BATCH_BYTES = 1000, 4 * 2**20  # a batch ends at either
+BATCH_ROWS, BATCH_BYTES = 1000, 4 * 2**20  # a batch of JSON lines ends at either
+BATCH_GROUPS = 16  # of what is read in other ways, where nobody knows beforehand how large a row is
 ALONE = 8  # batches that the main process converts itself before it starts others: small files are done by then
 AHEAD = 2  # batches for each process on their way
 
@@ -71,7 +72,7 @@ def _converted(part: Part, convert: Callable[..., dict[str, Piece]], mapping: di
     lines = lines_of(part.name) if part.form.group is None else None
     if lines is None:
         groups = groups_of(part.rows, part.form.group)
-        while batch := list(islice(groups, BATCH_ROWS)):
+        while batch := list(islice(groups, BATCH_GROUPS)):
             yield convert(batch)
     else:
         yield from _in_order(partial(_convert_lines, convert, mapping), _batches(lines), processes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlhf.errors import InputError
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False)
+_ENCODER, _QUICK_ENCODER = json.JSONEncoder(ensure_ascii=False), json.JSONEncoder()
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
@@ -36,7 +36,8 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
 
 def json_line(row: dict) -> str:
     """One row as it stands in a file."""
-    return _ENCODER.encode(row) + "\n"
+    line = _QUICK_ENCODER.encode(row)  # in two thirds of the time, and the same unless a character was spelled \\uXXXX
+    return (_ENCODER.encode(row) if "\\u" in line else line) + "\n"
 
 
 def write_json(path: Path, value) -> None:
@@ -46,11 +47,11 @@ def write_json(path: Path, value) -> None:
 
 
 @contextmanager
-def replacing(path: Path):
-    """An open text file that takes the place of `path` when the block ends well; flushed to disk before the rename."""
+def replacing(path: Path, mode: str = "w"):
+    """An open file (text; bytes with mode "wb") that takes the place of `path` when the block ends well; flushed to disk before the rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    with open(beside, "w", encoding="utf-8") as file:
+    with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

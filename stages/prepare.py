@@ -89,13 +89,13 @@ def _convert_files(config: Config, sources: dict[str, list[str]], data: Path) ->
     for names in dict.fromkeys(tuple(sources[kind]) for kind in counts):
         kinds = [kind for kind in counts if tuple(sources[kind]) == names]  # files that several kinds are taken from are read once
         with contextlib.ExitStack() as files:
-            open_files = {(kind, split): files.enter_context(replacing(data / kind / f"{split}.jsonl")) for kind in kinds for split in SPLITS}
+            open_files = {(kind, split): files.enter_context(replacing(data / kind / f"{split}.jsonl", "wb")) for kind in kinds for split in SPLITS}
             for source in names:
                 made = {kind: Report(source, kind) for kind in kinds}
-                for kind, split, lines in convert_all(source, made, config.data.mapping, _shares(config), config.reward.ties == "half",
+                for kind, split, count, lines in convert_all(source, made, config.data.mapping, _shares(config), config.reward.ties == "half",
                                                       threads_per_process(config.run.threads)):
-                    open_files[kind, split].writelines(lines)
-                    counts[kind][split] += len(lines)
+                    open_files[kind, split].write(lines)
+                    counts[kind][split] += count
                 for kind, report in made.items():
                     say(f"prepare: {source}: {report.describe()}")
                     reports[kind].append(report.as_json())

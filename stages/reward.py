@@ -10,6 +10,7 @@ Simplified on purpose: held-out accuracy is measured at the end alone; an ensemb
 """
 
 import sys
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from rlhf.cli import run_stage
 from rlhf.compute import describe, peak_memory_mb, precision, start
 from rlhf.config import Config
+from rlhf.data.shortcuts import Pair, words_learned
 from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
@@ -31,6 +33,7 @@ from rlhf.scoring import RewardModelScorer, check_length, member_folders, raw_sc
 from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoint
 
 JUDGE_SEED = 7777  # added to the seed of the members
+WORD_PAIRS = 5000  # training pairs that the bag of words learns from
 
 
 def main(config: Config, within: str = "") -> None:
@@ -161,6 +164,9 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
     scores = [part.tolist() for part in (totals / len(folders)).split([len(row["completions"]) for row in rows])]
     seen = len(rows) - len(held_out)
     figures, on_train = _figures(held_out, scores[seen:], config.reward.ties), _figures(rows[:seen], scores[:seen], config.reward.ties)
+    if figures is not None:
+        words = words_learned(_pairs(train, encoder, WORD_PAIRS), _pairs(held_out, encoder))
+        figures |= {"bag_of_words_accuracy": words and words.value, "bag_of_words_ci95": words and [words.low, words.high]}
     steps = count_steps(len(train), config.reward.batch_size, config.reward.epochs)
     training = {"prompts": len(train), "answers": train.items_in("completions"), "steps": steps,
                 **({name: on_train[name] for name in ("accuracy", "loss", "pairs")} if on_train else {})}
@@ -172,8 +178,18 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
         low, high = figures["ci95"]
         noise_free = figures["noise_free_accuracy"]
         say(f"{stage.name}: orders {figures['accuracy']:.3f} of {figures['pairs']:,} held-out pairs right (95 % interval {low:.3f}-{high:.3f}; "
-            f"the longer one wins: {figures['longer_wins_accuracy']:.3f})" + (f"; by noise-free labels {noise_free:.3f}" if noise_free else ""))
+            f"the longer one wins: {figures['longer_wins_accuracy']:.3f}" + (f", a bag of words: {words.value:.3f}" if words else "") + ")"
+            + (f"; by noise-free labels {noise_free:.3f}" if noise_free else ""))
     stage.finish(eval_accuracy=figures and figures["accuracy"], members=[file_digest(f / "model.safetensors") for f in folders])
+
+
+def _pairs(rows: EncodedRows, encoder: Encoder, most: int | None = None) -> list[Pair]:
+    """Better and worse answers as text, of the first rows that make up `most` pairs (None: of all)."""
+    def of_row(row: dict) -> list[Pair]:
+        answers = list(zip(row["ranks"], map(encoder.decode, row["completions"]), strict=True))
+        return [Pair(row["id"], better, worse) for rank, better in answers for other, worse in answers if rank < other]
+
+    return list(islice(chain.from_iterable(map(of_row, rows)), most))
 
 
 def _figures(rows: list[dict], scores: list[list[float]], ties: str) -> dict | None:

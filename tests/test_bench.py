@@ -38,9 +38,11 @@ def run(tmp_path_factory, tiny_encoder, _tiny_gpt) -> Path:
     for split in ("train", "eval"):
         write_jsonl(folder / "data" / "prompts" / f"{split}.jsonl",
                     ({"prompt": [{"role": "user", "content": text}], "id": f"{split}{i}"} for i, text in enumerate(PROMPTS)))
+    config = load_config("configs/tiny.yaml", SMALL)
     for stage in ("prepare", "sft", "reward"):
         write_json(folder / stage / "DONE", {})
-        write_json(folder / stage / "config.yaml", config_to_tree(load_config("configs/tiny.yaml", SMALL)))
+        write_json(folder / stage / "config.yaml", config_to_tree(config))
+    load_prompts(str(folder), "train", load_encoder(str(folder / "sft" / "model")), config.data.max_prompt_tokens)  # leaves its table, as stages do
     return folder
 
 

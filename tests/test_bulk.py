@@ -16,8 +16,9 @@ SHARES = dict.fromkeys(KINDS, (0.2, 0.2)) | {"text": (0.1, 0.0)}
 def in_bulk(source, kinds=KINDS, mapping=None, processes=1):
     """Lines by kind and split, and the reports, of `convert_all`."""
     reports, found = {kind: Report(source, kind) for kind in kinds}, {}
-    for kind, split, lines in bulk.convert_all(source, reports, mapping, SHARES, False, processes):
-        found.setdefault((kind, split), []).extend(lines)
+    for kind, split, count, lines in bulk.convert_all(source, reports, mapping, SHARES, False, processes):
+        assert count == lines.count(b"\n")
+        found.setdefault((kind, split), []).extend(line + "\n" for line in lines.decode().split("\n")[:-1])
     return found, reports
 
 
@@ -51,6 +52,7 @@ def awkward_lines(count):
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(bulk, "BATCH_ROWS", 10)
+    monkeypatch.setattr(bulk, "BATCH_GROUPS", 3)
     monkeypatch.setattr(bulk, "ALONE", 2)
 
 

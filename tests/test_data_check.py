@@ -16,7 +16,7 @@ from rlhf import cli
 from rlhf.data import check, duplicates
 from rlhf.data.duplicates import Signatures, contradictions, near_duplicates, repeated, row_key, signature, verdict_key
 from rlhf.data.facts import Finding, Limits, Ruler, left_out, quantiles, shared_prompts, warnings_of
-from rlhf.data.shortcuts import Pair, accuracy, bag_of_words, longer_wins
+from rlhf.data.shortcuts import Pair, accuracy, bag_of_words, longer_wins, words_learned
 from rlhf.data.splits import text_id
 from rlhf.data.wording import script_of, words_of
 from rlhf.rankings import encode_rankings
@@ -290,6 +290,16 @@ def test_how_an_answer_ends_is_a_feature():
 
 def test_too_few_prompts_say_nothing():
     assert bag_of_words(word_pairs(19, "good", "bad")) is None
+
+
+def test_words_learned_from_some_pairs_are_asked_of_others():
+    pairs = word_pairs(150, "splendid", "dreadful")
+    assert words_learned(pairs[:100], pairs[100:]).value > 0.98
+    assert words_learned(pairs[:100], word_pairs(50, "dreadful", "splendid")).value < 0.02
+    assert words_learned(pairs[:100], word_pairs(50, "unseen", "unheard", seed=6)).pairs == 50
+    assert words_learned(pairs[:19], pairs[100:]) is None
+    nothing_often = [Pair(text_id(str(i)), f"one{i}", f"two{i}") for i in range(30)]
+    assert words_learned(nothing_often, nothing_often).value == 0.5  # each ends with a word, and no word is in three answers
 
 
 def test_shortcuts_become_warnings(tmp_path):

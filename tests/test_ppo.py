@@ -137,7 +137,7 @@ def curve_of_microbatches(rows):
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (rlhf.ppo, rlhf.rollout):
-            patch.setattr(module, "by_tokens", groups)
+            patch.setattr(module, "tight_groups", groups)
         return processes.ten_rollouts(cpu(), "separate")
 
 

@@ -12,7 +12,7 @@ import yaml
 from rlhf import runs
 from rlhf.config import config_from_tree, load_config
 from rlhf.errors import InputError
-from rlhf.jsonl import read_jsonl, replacing, replacing_folder, write_json, write_jsonl
+from rlhf.jsonl import json_line, read_jsonl, replacing, replacing_folder, write_json, write_jsonl
 from rlhf.runs import READS, file_digest, open_stage, replace_section, source_commit, versions
 
 
@@ -255,6 +255,8 @@ def test_a_file_that_was_cut_is_named_with_its_line(tmp_path):
 
 
 def test_json_keeps_text_as_it_is(tmp_path):
+    texts = ["plain", "漢", "\x7f", "\x00\n", "\\u0041", "\U0001f642", '"']
+    assert [json_line({"a": text}) for text in texts] == [json.dumps({"a": text}, ensure_ascii=False) + "\n" for text in texts]
     write_json(tmp_path / "x.json", {"name": "漢"})
     assert "漢" in (tmp_path / "x.json").read_text(encoding="utf-8")
 

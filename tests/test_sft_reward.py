@@ -512,6 +512,8 @@ def test_reward_model_learns_the_rule(rewarded):
     assert sum(b["pairs"] for b in found["by_margin"]) == sum(b["pairs"] for b in found["calibration"]) == found["pairs"]
     assert metrics["members"] == 1 and metrics["train"]["steps"] == 30
     assert found["longer_wins_accuracy"] < 0.85
+    low, high = found["bag_of_words_ci95"]
+    assert low <= found["bag_of_words_accuracy"] <= high and found["bag_of_words_accuracy"] > 0.9  # the rule is one that words give away
 
 
 def test_R5_normalisation_travels_in_the_config_and_the_folder_is_plain(rewarded):

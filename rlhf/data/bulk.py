@@ -20,7 +20,8 @@ from rlhf.data.reading import is_plain_text, lines_of, parts_of, renamed, row_of
 from rlhf.data.splits import split_of
 from rlhf.jsonl import json_line
 
-BATCH_ROWS, BATCH_BYTES = 1000, 4 * 2**20  # a batch ends at either
+BATCH_ROWS, BATCH_BYTES = 1000, 4 * 2**20  # a batch of JSON lines ends at either
+BATCH_GROUPS = 16  # of what is read in other ways, where nobody knows beforehand how large a row is
 ALONE = 8  # batches that the main process converts itself before it starts others: small files are done by then
 AHEAD = 2  # batches for each process on their way
 
@@ -29,16 +30,16 @@ Shares = dict[str, tuple[float, float]]  # kind -> shares of eval and test
 
 @dataclass
 class Piece:
-    """What a batch of rows became as one kind: lines by split, and a report on them. A prompt is only counted once it is known to be new."""
+    """What a batch of rows became as one kind, and a report on them. A prompt is only counted once it is known to be new."""
 
     report: Report
-    lines: dict[str, list[str]] = field(default_factory=dict)
+    lines: dict[str, tuple[int, bytes]] = field(default_factory=dict)  # by split: how many, and they themselves
     asked: list[tuple[bytes, int, int, str, str]] = field(default_factory=list)  # of prompts: key, line, turns, split, the row as it is written
 
 
 def convert_all(source: str, reports: dict[str, Report], mapping: dict[str, str] | None, shares: Shares, keep_ties: bool,
-                processes: int) -> Iterator[tuple[str, str, list[str]]]:
-    """(kind, split, lines for that split's file) of a source as they come, in the order of its rows; fills the reports (one for each kind).
+                processes: int) -> Iterator[tuple[str, str, int, bytes]]:
+    """(kind, split, how many lines, the lines) of a source as they come, in the order of its rows; fills the reports (one for each kind).
 
     The rows, drops and errors of a kind are those of `rlhf.data.convert`. `processes`: how many convert, if there is enough for them.
     """
@@ -51,7 +52,7 @@ def convert_all(source: str, reports: dict[str, Report], mapping: dict[str, str]
                     if kind == "prompts":
                         _leave_out_repetitions(piece, part.name, seen)
                     reports[kind].add(piece.report)
-                    yield from ((kind, split, lines) for split, lines in piece.lines.items())
+                    yield from ((kind, split, *lines) for split, lines in piece.lines.items())
     for report in reports.values():
         refuse_nothing(report)
 
@@ -71,7 +72,7 @@ def _converted(part: Part, convert: Callable[..., dict[str, Piece]], mapping: di
     lines = lines_of(part.name) if part.form.group is None else None
     if lines is None:
         groups = groups_of(part.rows, part.form.group)
-        while batch := list(islice(groups, BATCH_ROWS)):
+        while batch := list(islice(groups, BATCH_GROUPS)):
             yield convert(batch)
     else:
         yield from _in_order(partial(_convert_lines, convert, mapping), _batches(lines), processes)
@@ -120,20 +121,25 @@ def _convert(part: str, form, shares: Shares, keep_ties: bool, groups: list) -> 
 
 
 def _piece(examples: list[tuple[int, Example | Unusable]], read: int, part: str, kind: str, fractions: tuple[float, float], keep_ties: bool) -> Piece:
-    piece = Piece(Report(part, kind, read=read))
+    piece, lines = Piece(Report(part, kind, read=read)), {}
     for line, row in rows_of(examples, part, kind, piece.report, keep_ties):
         split = split_of(row["id"], *fractions)
         if kind == "prompts":
             piece.asked.append((prompt_key(row), line, len(row["prompt"]), split, json_line(row)))
         else:
             piece.report.count(row)
-            piece.lines.setdefault(split, []).append(json_line(row))
+            lines.setdefault(split, []).append(json_line(row))
+    piece.lines = _joined(lines)
     return piece
+
+
+def _joined(lines: dict[str, list[str]]) -> dict[str, tuple[int, bytes]]:
+    return {split: (len(rows), "".join(rows).encode()) for split, rows in lines.items()}
 
 
 def _leave_out_repetitions(piece: Piece, part: str, seen: set[bytes]) -> None:
     """Counts the prompts of a piece that are new; the others are dropped, in the order of their lines among those dropped for other reasons."""
-    repeated = []
+    repeated, lines = [], {}
     for key, line, turns, split, text in piece.asked:
         if key in seen:
             repeated.append(line)
@@ -141,7 +147,8 @@ def _leave_out_repetitions(piece: Piece, part: str, seen: set[bytes]) -> None:
         seen.add(key)
         piece.report.made += 1
         piece.report.turns[turns] += 1
-        piece.lines.setdefault(split, []).append(text)
+        lines.setdefault(split, []).append(text)
+    piece.lines = _joined(lines)
     if repeated:
         piece.report.dropped[REPEATED] = {part: repeated}
         piece.report.dropped = dict(sorted(piece.report.dropped.items(), key=lambda reason: reason[1][part][0]))

@@ -70,11 +70,8 @@ def bag_of_words(pairs: Sequence[Pair]) -> BagOfWords | None:
     """
     if len({pair.prompt for pair in pairs}) < MIN_PROMPTS:
         return None
-    features = [(_features(pair.better), _features(pair.worse)) for pair in pairs]
-    counts = Counter(word for sides in features for side in sides for word in side)
-    words = sorted((word for word, n in counts.items() if n >= MIN_TEXTS), key=lambda word: (-counts[word], word))[:MAX_WORDS]
-    places = {word: place for place, word in enumerate(words)}
-    rows = [_difference(better, worse, places) for better, worse in features]
+    rows, places = _rows(pairs)
+    words = list(places)
     fold_P = torch.tensor([int(pair.prompt, 16) % FOLDS for pair in pairs])
     margin_P = torch.zeros(len(pairs), dtype=torch.double)
     for fold in range(FOLDS):
@@ -85,6 +82,24 @@ def bag_of_words(pairs: Sequence[Pair]) -> BagOfWords | None:
     order = _fit(rows, len(words)).argsort().tolist()
     good, bad = [words[place] for place in order[::-1][:TOP_WORDS]], [words[place] for place in order[:TOP_WORDS]]
     return BagOfWords(accuracy(margin_P.tolist(), [pair.prompt for pair in pairs]), good, bad)
+
+
+def words_learned(train: Sequence[Pair], held_out: Sequence[Pair]) -> Accuracy | None:
+    """What the same model, fitted on some pairs, makes of others; None below MIN_PROMPTS prompts to learn from."""
+    if len({pair.prompt for pair in train}) < MIN_PROMPTS:
+        return None
+    rows, words = _rows(train)
+    held = [_difference(_features(pair.better), _features(pair.worse), words) for pair in held_out]
+    return accuracy(_margins(held, _fit(rows, len(words))).tolist(), [pair.prompt for pair in held_out])
+
+
+def _rows(pairs: Sequence[Pair]) -> tuple[list[tuple[list[int], list[float]]], dict[str, int]]:
+    """The differences of pairs, and the place of each word that enough of their answers have."""
+    features = [(_features(pair.better), _features(pair.worse)) for pair in pairs]
+    counts = Counter(word for sides in features for side in sides for word in side)
+    words = sorted((word for word, n in counts.items() if n >= MIN_TEXTS), key=lambda word: (-counts[word], word))[:MAX_WORDS]
+    places = {word: place for place, word in enumerate(words)}
+    return [_difference(better, worse, places) for better, worse in features], places
 
 
 def _features(text: str) -> set[str]:

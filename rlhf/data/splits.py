@@ -6,6 +6,7 @@ their first user turn: two conversations that open alike stay together.
 
 import hashlib
 import unicodedata
+from functools import lru_cache
 
 from rlhf.errors import InputError
 
@@ -31,6 +32,7 @@ def prompt_id(messages: list[dict[str, str]]) -> str:
     raise ValueError("a prompt without a user turn has no id")
 
 
+@lru_cache(4096)  # several kinds of row ask about the same prompt
 def split_of(prompt_id: str, eval_fraction: float, test_fraction: float) -> str:
     """The side, ``train``, ``eval`` or ``test``, of an id.
 

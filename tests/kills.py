@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare")
 SETTINGS = ("run.save_every=2", "run.threads=1", "collect.batch_size=64", "reward.members=2", "ppo.rollouts=6", "ppo.save_every=1",
             "ppo.eval_every=1", "ppo.ema_decay=0.9", "ppo.kl_target=2", "ppo.ptx_coef=0.1", "ppo.hand_over=best")

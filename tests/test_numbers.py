@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rlhf.learner
 import rlhf.passes
 import rlhf.ppo
 import rlhf.scoring
-import stages.ppo
 import stages.pretrain
 from rlhf import trl_trainers
 from rlhf.config import load_config
@@ -87,8 +87,8 @@ PLACES = {  # name: (stage, module, attribute, call that is spoiled when one is)
     "sft logits": ("sft", trl_trainers, "policy_pass", 2),
     "sft loss": ("sft", trl_trainers.DemonstrationTrainer, "compute_loss", 2),
     "reward-stage loss": ("reward", trl_trainers, "ranking_loss", 2),
-    "logits": ("ppo", rlhf.passes, "token_logprobs", 3),  # after policy and reference on held-out prompts
-    "reference logits": ("ppo", rlhf.passes, "token_logprobs", 4),
+    "logits": ("ppo", rlhf.passes, "output_logprobs", 3),  # after policy and reference on held-out prompts
+    "reference logits": ("ppo", rlhf.passes, "output_logprobs", 4),
     "value": ("ppo", rlhf.passes.ValueModel, "forward", 2),
     "advantages": ("ppo", rlhf.rollout, "gae", 2),
     "policy loss": ("ppo", rlhf.ppo, "policy_loss", 2),
@@ -148,14 +148,14 @@ def test_A4_a_score_that_is_no_number_stops_ppo_and_names_its_prompt(run, monkey
 
 
 def test_A4_adapter_weights_that_are_no_numbers_stop_ppo(run, monkeypatch):
-    plain = stages.ppo.add_lora
+    plain = rlhf.learner.add_lora
 
     def spoil(*arguments):
         model = plain(*arguments)
         next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(math.nan)
         return model
 
-    monkeypatch.setattr(stages.ppo, "add_lora", spoil)
+    monkeypatch.setattr(rlhf.learner, "add_lora", spoil)
     folder = run("ppo")
     with pytest.raises(TrainingStopped):
         ppo.main(config_of(folder, "model.lora_rank=2", "ppo.score=tests.test_numbers:half"))

@@ -159,6 +159,8 @@ def _load(auto_class, source: str, **settings):
     path = Path(source)
     if path.suffix == ".gguf":
         source, settings["gguf_file"] = str(path.parent), path.name
+    elif "dtype" in settings:  # weights: of a folder that holds pickles (.bin) none is opened
+        settings["use_safetensors"] = True
     try:
         return auto_class.from_pretrained(source, **settings)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -91,6 +91,8 @@ def _source(config: Config, name: str) -> str:
         return name
     if name == "pretrained":
         return backbone(config)
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise InputError(f"compare.policies names {name!r}: found a path that leaves the run folder, wanted a folder in {config.run.dir}")
     folder = Path(config.run.dir) / ("ppo/model_last" if name == "ppo_last" else f"{name}/model")
     if not (folder.parent / "DONE").is_file():
         raise InputError(f"compare.policies names {name}, and {folder.parent} holds no finished stage; run `python -m stages.{folder.parent.name}` "

@@ -5,14 +5,16 @@
 
 One run is left alone, then others of the same settings are killed by SIGKILL, every process of them at once. Each kill has a stage, all of
 them in turn, and a moment drawn from as long as that stage took in the first run; where a resumed stage is done sooner, it meets the
-next one. When a killed run has ended, all it left is compared with the first: the sha256 of every model.safetensors, the metrics without
-times, the data, rollouts, samples and DONE files. Checkpoints are written every other step, and the settings switch on whatever has a
-state of its own to lose (a moving average, the best weights, an adaptive KL coefficient, an ensemble).
+next one. Every other kill then waits until something is being written, and falls into it. When a killed run has ended, all it left is
+compared with the first: the sha256 of every model.safetensors, the metrics without times, the data, rollouts, samples and DONE files.
+Checkpoints are written every other step, and the settings switch on whatever has a state of its own to lose (a moving average, the best
+weights, an adaptive KL coefficient, an ensemble).
 Prints a line for each kill and `N kills, every model the same` last; exit code 0 when that is so.
 Processes are forked from one that has imported everything: kills then hit the stages, not the imports.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -27,6 +29,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare")
 SETTINGS = ("run.save_every=2", "run.threads=1", "collect.batch_size=64", "reward.members=2", "ppo.rollouts=6", "ppo.save_every=1",
             "ppo.eval_every=1", "ppo.ema_decay=0.9", "ppo.kl_target=2", "ppo.ptx_coef=0.1", "ppo.hand_over=best")
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             run, runs = Path(folder) / f"run{runs}", runs + 1
             targets = [stage for stage in STAGES for _ in range(arguments.per_stage)][: arguments.kills - seen.total()]
             for stage in targets:
-                _kill(start(run), run, stage, rng.uniform(0, seconds[stage]), seen)
+                _kill(start(run), run, stage, rng.uniform(0, seconds[stage]), seen, while_writing=seen.total() % 2 == 1)
             _finish(start(run), run)
             found = contents(run)
             wrong = sorted(str(name) for name in expected.keys() | found.keys() if found.get(name) != expected.get(name))
@@ -115,7 +118,7 @@ def _left_alone(run: Path, processes: list) -> dict[str, float]:
     return seconds
 
 
-def _kill(processes: list, run: Path, stage: str, moment: float, seen: Counter) -> None:
+def _kill(processes: list, run: Path, stage: str, moment: float, seen: Counter, while_writing: bool) -> None:
     """Lets the run come to `stage`, and kills it `moment` seconds later, or where it then is; a run that ended is not a kill."""
     born = time.time()
     while _stage_of(run) in STAGES[: STAGES.index(stage)] and all(p.is_alive() for p in processes):
@@ -123,6 +126,8 @@ def _kill(processes: list, run: Path, stage: str, moment: float, seen: Counter) 
     until = time.perf_counter() + moment
     while time.perf_counter() < until and all(p.is_alive() for p in processes):
         time.sleep(LOOK_EVERY)
+    while while_writing and not _being_written(run, born) and all(p.is_alive() for p in processes):
+        pass  # a file is there for some milliseconds
     if not all(p.is_alive() for p in processes):
         _finish(processes, run)
         return
@@ -131,9 +136,20 @@ def _kill(processes: list, run: Path, stage: str, moment: float, seen: Counter) 
     for process in processes:
         process.join()
     where = _stage_of(run)
-    writing = [str(p.relative_to(run)) for p in run.rglob("*.partial") if p.stat().st_mtime >= born]
+    writing = _being_written(run, born)
     seen[where] += 1
-    print(f"kill {seen.total()}: {where}, {moment:.2f} s in" + (f", while {writing[0]} was written" if writing else ""), flush=True)
+    print(f"kill {seen.total()}: {where}, {moment:.2f} s in{f', while {writing} was written' if writing else ''}", flush=True)
+
+
+def _being_written(run: Path, since: float) -> str:
+    """A file or folder that was begun after `since` (seconds of the clock) and has not been renamed into its place, or an empty string."""
+    for folder, folders, files in os.walk(run):
+        for name in folders + files:
+            if name.endswith("partial"):
+                with contextlib.suppress(OSError):  # renamed just now
+                    if os.stat(os.path.join(folder, name)).st_mtime >= since:
+                        return os.path.relpath(os.path.join(folder, name), run)
+    return ""
 
 
 def _stage_of(run: Path) -> str:

@@ -12,7 +12,6 @@ import rlhf.learner
 import rlhf.passes
 import rlhf.ppo
 import rlhf.scoring
-import stages.ppo
 import stages.pretrain
 from rlhf import trl_trainers
 from rlhf.config import load_config

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config import load_config
@@ -137,6 +138,55 @@ def test_a_resumed_stage_ends_with_the_weights_of_one_that_never_stopped(run, tm
     assert digests["whole"] == digests["stopped"]
     steps = {name: [row["step"] for row in read_jsonl(folder / stage / "metrics.jsonl")] for name, folder in folders.items()}
     assert steps["whole"] == steps["stopped"]
+
+
+def wants_something_odd(prompts, completions):
+    return [float(len(c) % 3) for c in completions]
+
+
+@pytest.mark.parametrize("hand_over", ["last", "best"])
+def test_the_best_weights_are_kept_and_handed_over_when_asked_for(run, tmp_path, hand_over):
+    """Steps far too large at a high price of KL: the best held-out evaluation is the SFT model's own."""
+    import stages.ppo
+
+    for name in ("prepare", "data", "pretrain", "sft", "collect", "reward"):
+        (tmp_path / name).symlink_to(run / name)
+    config = load_config(TINY, [f"run.dir={tmp_path}", f"ppo.score={__name__}:wants_something_odd", "ppo.lr=0.02", "ppo.kl_coef=5",
+                                "ppo.eval_every=1", "ppo.warmup_rollouts=0", "ppo.rollouts=3", f"ppo.hand_over={hand_over}"])
+    stages.ppo.main(config)
+    done = json.loads((tmp_path / "ppo" / "DONE").read_text())
+    rows = [row for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl") if "eval_objective" in row]
+    assert len(rows) == 4 and all(r["eval_objective"] == pytest.approx(r["eval_score_mean"] - 5 * r["eval_kl"], rel=1e-5) for r in rows)
+    assert (done["best_rollout"], done["handed_over"]) == (0, hand_over)
+    assert done["best_objective"] == pytest.approx(rows[0]["eval_score_mean"], rel=1e-5) and done["eval_objective"] < done["best_objective"] - 1
+    sft, handed = (file_digest(folder / "model" / "model.safetensors") for folder in (run / "sft", tmp_path / "ppo"))
+    assert (handed == sft) == (hand_over == "best")
+    if hand_over == "last":
+        assert file_digest(tmp_path / "ppo" / "best" / "model.safetensors") == sft
+
+
+def test_a_stage_goes_on_with_other_threads_and_ends_with_the_same_weights_up_to_rounding(run, tmp_path, monkeypatch):
+    """run.threads may change during a run: sums over two workers are rounded otherwise than sums over one."""
+    import stages.pretrain
+
+    weights = {}
+    for name, threads in (("same", 1), ("other", 2)):
+        folder = tmp_path / name
+        subprocess.run(["mkdir", folder], check=True)
+        for stage in ("prepare", "data"):
+            (folder / stage).symlink_to(run / stage)
+        save, settings = stages.pretrain.save_checkpoint, ["run.precision=fp32", "run.save_every=35", f"run.dir={folder}"]
+
+        def save_and_stop(*args, save=save, **kwargs):
+            save(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stages.pretrain, "save_checkpoint", save_and_stop)
+            stages.pretrain.main(load_config(TINY, [*settings, "run.threads=1"]))
+        stages.pretrain.main(load_config(TINY, [*settings, f"run.threads={threads}"]))
+        weights[name] = load_file(folder / "pretrain" / "model" / "model.safetensors")
+    assert all((weights["other"][n] - w).abs().max() < 1e-3 * w.abs().max() + 1e-6 for n, w in weights["same"].items())
 
 
 def test_two_processes_run_every_training_stage(tmp_path):

@@ -105,7 +105,55 @@ def test_the_same_experiment_is_opened_again_and_a_finished_one_is_left_as_it_is
     assert stage.done and files_of(stage.folder) == before
 
 
+def test_a_closing_line_is_forgotten_too(config):
+    stage = open_stage("sft", config)
+    stage.log(1, loss=1.0)
+    stage.log(1, eval_loss=2.0, peak_memory_mb=7)
+    stage.forget_after(1, closing="peak_memory_mb")
+    assert list(read_jsonl(stage.folder / "metrics.jsonl")) == [{"step": 1, "loss": 1.0}]
+
+
+def test_checkpoints_go_after_done_and_those_a_kill_left_beside_it_go_later(config, monkeypatch):
+    """The other way round a kill between the two would leave half a checkpoint to go on from."""
+    stage = open_stage("pretrain", config)
+    stage.checkpoints.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.shutil, "rmtree", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        stage.finish()
+    assert stage.done and stage.checkpoints.is_dir()
+    assert open_stage("pretrain", config).done and not stage.checkpoints.exists()
+
+
+def test_another_number_of_processes_is_refused_once_there_is_work_to_go_on_with(config, monkeypatch):
+    stage = open_stage("pretrain", config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not open_stage("pretrain", config).done  # nothing was made yet
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    stage = open_stage("pretrain", config)
+    (stage.checkpoints / "step_0000001").mkdir(parents=True)
+    before = files_of(stage.folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refusal("pretrain", config)
+    assert "begun by 1 process and cannot be gone on with by 2" in message and str(stage.checkpoints) in message
+    assert files_of(stage.folder) == before
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    stage.finish()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert open_stage("pretrain", config).done  # a finished stage is read by any number
+
+
+def test_which_evaluations_there_are_decides_only_when_the_best_is_handed_over(config):
+    open_stage("ppo", config).log(1, loss=1.0)
+    assert not open_stage("ppo", replace_section(config, "ppo", eval_every=1)).done
+    assert "hand_over was 'last' and is now 'best'" in refusal("ppo", replace_section(config, "ppo", hand_over="best"))
+    best = replace_section(replace_section(config, "run", dir=config.run.dir + "_best"), "ppo", hand_over="best")
+    open_stage("ppo", best).log(1, loss=1.0)
+    assert "eval_every was 2 and is now 1" in refusal("ppo", replace_section(best, "ppo", eval_every=1))
+
+
 @pytest.mark.parametrize(("stage", "section", "change"), [
+    ("pretrain", "pretrain", {"batch_tokens": 512}), ("sft", "sft", {"batch_size": 16}), ("reward", "reward", {"microbatch": 10}),
+    ("ppo", "ppo", {"batch_size": 64}), ("collect", "collect", {"batch_size": 64}),
     ("pretrain", "pretrain", {"lr": 0.5}), ("ppo", "ppo", {"clip": 0.3}), ("collect", "world", {"agreement": 0.8}),
     ("sft", "run", {"precision": "fp32"})])
 @pytest.mark.parametrize("finished", [True, False])

@@ -8,10 +8,14 @@ import pytest
 
 from tests.kills import ROOT, SETTINGS, contents
 
+SMALL = ("world.documents=300", "world.demonstrations=150", "world.prompts=150", "world.test_prompts=12", "pretrain.steps=20", "collect.prompts=60",
+         "reward.batch_size=6", "reward.microbatch=3", "sft.microbatch=8", "ppo.batch_size=16", "ppo.minibatches=2", "compare.prompts=12")
+
 
 def kills(*words: str) -> str:
     """What `python -m tests.kills WORDS...` said last, after a kill in each stage."""
-    done = subprocess.run([sys.executable, "-m", "tests.kills", "--kills", "7", "--per-stage", "1", *words], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.kills", "--kills", "7", "--per-stage", "1", *SMALL, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
 
@@ -33,7 +37,7 @@ def test_the_same_settings_and_seed_make_the_same_run_in_every_stage(tmp_path, p
     """Processes of their own, and another order of sets and dicts in each (PYTHONHASHSEED): weights, metrics without times, data, samples."""
     runs = [tmp_path / "a", tmp_path / "b"]
     started = [subprocess.Popen([sys.executable, "-m", "stages.pipeline", "--config", "configs/tiny.yaml", f"run.dir={run}", *SETTINGS,
-                                 f"run.precision={precision}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                 *SMALL, f"run.precision={precision}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "PYTHONHASHSEED": str(seed)}) for seed, run in enumerate(runs)]
     for process in started:
         _, said = process.communicate(timeout=600)

@@ -93,7 +93,7 @@ def column_prompt(row: dict, column: str | None = None) -> Messages:
     if column is None or row.get(column) is None:
         raise Unusable("no prompt")
     value = row[column]
-    system = as_messages({"role": "system", "content": row.get("system")})
+    system = as_messages({"role": "system", "content": row["system"]}) if row.get("system") is not None else []
     if isinstance(value, (list, dict)):
         return system + as_messages(value)
     if not isinstance(value, str):

@@ -7,6 +7,8 @@ EXIT_INPUT = 2
 EXIT_STOPPED = 3
 EXIT_INTERRUPTED = 130
 
+SKIPS_IN_A_ROW = 5  # steps (in ppo: rollouts) without a finite loss and gradient after which training stops (CANON A4)
+
 
 class InputError(Exception):
     """The user's input is wrong: one message that names the thing, what was found, what was wanted, and the remedy."""

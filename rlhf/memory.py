@@ -1,5 +1,4 @@
-"""When a microbatch does not fit into memory: it is halved and tried again with the same mathematics (CANON P4); and what is free goes back.
-"""
+"""When a microbatch does not fit into memory: it is halved and tried again with the same mathematics (CANON P4). What is free goes back."""
 
 import ctypes
 import gc

@@ -120,13 +120,13 @@ def by_tokens(lengths: list[int], budget: int, at_least: int = 1) -> list[list[i
             if groups[-1] and (len(groups[-1]) + 1) * width > budget:  # the rest has no room for a row so much longer
                 groups.append([])
         groups[-1].append(i)
-    return _at_least(groups, at_least)
+    return split_to(groups, at_least)
 
 
 def tight_groups(lengths: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
     """`by_tokens` with less padding: its groups are cut wherever narrower ones save more tokens than one more pass costs."""
     groups = by_tokens(lengths, budget)
-    return _at_least([part for group in groups for part in _cut(group, [round_up(lengths[i], WIDTH_STEP) for i in group])], at_least)
+    return split_to([part for group in groups for part in _cut(group, [round_up(lengths[i], WIDTH_STEP) for i in group])], at_least)
 
 
 def _cut(group: list[int], widths: list[int]) -> list[list[int]]:
@@ -139,7 +139,7 @@ def _cut(group: list[int], widths: list[int]) -> list[list[int]]:
     return [group[a:b] for a, b in pairwise(cheapest[-1][1])]
 
 
-def _at_least(groups: list[list[int]], at_least: int) -> list[list[int]]:
+def split_to(groups: list[list[int]], at_least: int) -> list[list[int]]:
     """`groups`, the largest halved until there are `at_least`, as far as rows allow."""
     while len(groups) < at_least and max(map(len, groups)) > 1:
         largest = max(range(len(groups)), key=lambda g: len(groups[g]))

@@ -10,7 +10,7 @@ from rlhf.compute import max_over_processes, share, sum_over_processes
 from rlhf.kl import k3
 from rlhf.losses import language_model_loss, policy_loss, value_loss
 from rlhf.memory import Microbatch
-from rlhf.passes import PolicyAndValue, make_rows, tight_groups
+from rlhf.passes import PolicyAndValue, make_rows, split_to, tight_groups
 from rlhf.rollout import Rollout
 from rlhf.workers import ALONE, Workers, accumulate
 
@@ -89,8 +89,7 @@ def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings
     ptx_count = sum(len(c) for _, c in ptx_rows)
     lengths = [len(rollout.prompts[i]) + len(rollout.completions[i]) for i in mine]
     groups = tight_groups(lengths, microbatch_tokens)
-    at_least = max(workers.count, max_over_processes(accelerator, len(groups)))
-    groups = tight_groups(lengths, microbatch_tokens, at_least)
+    groups = split_to(groups, max(workers.count, max_over_processes(accelerator, len(groups))))
 
     def ppo_part(group):
         loss, sums, error = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)

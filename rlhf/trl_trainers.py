@@ -22,7 +22,7 @@ from rlhf.compute import sum_over_processes
 from rlhf.config import Run
 from rlhf.encoded import EncodedRows
 from rlhf.encoding import Encoder
-from rlhf.errors import InputError, TrainingStopped
+from rlhf.errors import SKIPS_IN_A_ROW, InputError, TrainingStopped
 from rlhf.losses import ranking_loss
 from rlhf.masking import length_mask
 from rlhf.passes import Rows, make_rows, policy_pass
@@ -32,7 +32,6 @@ from rlhf.runs import Stage
 
 WARMUP = 0.03  # share of the steps in which the learning rate rises
 SORTED_STEPS = 16  # steps whose rows are sorted by length together: 6 % of the quickstart's tokens are padding (1 step: 47 %, 50 steps: 2 %)
-SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the stage stops
 WHOLE = "trainer_state.json"  # the file that transformers writes last
 
 

@@ -49,16 +49,16 @@ def main(config: Config, number: int | None = None) -> None:
     answered = {}
     for side, (split, (first, count)) in enumerate(sides.items()):
         prompts = load_prompts(config.run.dir, split, encoder, config.data.max_prompt_tokens)[first : first + count]
-        answered[split] = (prompts, _answers(config, accelerator, model, encoder, prompts, side, number, stage.checkpoints / f"{split}.jsonl"))
+        answered[split] = (prompts, _answers(config, accelerator, model, encoder, prompts, side, number, stage.checkpoints / split))
     if stage.main:
         earlier = [run / f"round_{n}" for n in range(1, number)]
         stage.finish(**_rank(config, answered, run / within, earlier, number))
 
 
 def _answers(config: Config, accelerator, model, encoder, prompts: list[Prompt], side: int, number: int, kept: Path) -> list[list[str]]:
-    """K sampled answers to each prompt, in the order of `prompts`, on every process; those in `kept` from before a stop are not sampled again."""
+    """K sampled answers to each prompt, in the order of `prompts`, on every process; batches that a stopped run left in `kept` are read."""
     k, chunk = config.collect.k, max(1, config.collect.batch_size // config.collect.k)
-    answers = [row["answers"] for row in read_jsonl(kept)] if kept.is_file() else []
+    answers = [row["answers"] for batch in sorted(kept.glob("*.jsonl")) for row in read_jsonl(batch)]
     with Progress("collect", len(prompts), len(answers)) as bar:
         for start_at in range(len(answers), len(prompts), chunk):
             rows = [p.ids for p in prompts[start_at : start_at + chunk] for _ in range(k)]
@@ -67,9 +67,10 @@ def _answers(config: Config, accelerator, model, encoder, prompts: list[Prompt],
             with accelerator.autocast():
                 ids = sample(model, [rows[i] for i in places], uniforms_BC[places], encoder, config.collect.temperature, max(1, len(places)))
             texts = gather_rows(accelerator, [encoder.decode(c) for c in ids])
-            answers += [texts[i : i + k] for i in range(0, len(texts), k)]
+            batch = [texts[i : i + k] for i in range(0, len(texts), k)]
             if accelerator.is_main_process:
-                write_jsonl(kept, ({"answers": a} for a in answers))
+                write_jsonl(kept / f"{start_at:09d}.jsonl", ({"answers": a} for a in batch))
+            answers += batch
             bar.update(min(start_at + chunk, len(prompts)))
     return answers
 

@@ -25,18 +25,17 @@ from rlhf.comparison import distinct_n
 from rlhf.compute import describe, peak_memory_mb, start
 from rlhf.config import Config
 from rlhf.encoded import demonstrations
-from rlhf.errors import TrainingStopped
+from rlhf.errors import SKIPS_IN_A_ROW, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder, write_jsonl
 from rlhf.kl import adapted_kl_coef
 from rlhf.learner import Learner
-from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, save_model
+from rlhf.models import load_encoder, save_model
 from rlhf.optimizers import linear_lr, set_lr
 from rlhf.ppo import MovingAverage
 from rlhf.progress import Progress, say
 from rlhf.prompts import gold_scores, load_prompts, prompts_of_step
 from rlhf.runs import open_stage
 
-SKIPS_IN_A_ROW = 5  # rollouts without a single finite step after which the run stops
 CARRIED = ("kl_coef", "bad_rollouts", "best_objective", "best_rollout")  # from one rollout to the next, through checkpoints too
 
 
@@ -83,6 +82,12 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
             state.update(best_objective=objective, best_rollout=rollouts)
         return figures
 
+    def save(place: Path) -> None:
+        """The policy as it is now, from the main process; a copy of one with LoRA, whose adapters saving merges for good."""
+        if stage.main:
+            with replacing_folder(place) as folder:
+                save_model(copy.deepcopy(learner.policy) if config.model.lora_rank else learner.policy, encoder, folder)
+
     with Progress("ppo", settings.rollouts, state["step"]) as bar:
         for step in range(state["step"], settings.rollouts):
             model.train()
@@ -109,36 +114,20 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
                 save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, kept, **{name: state[name] for name in CARRIED})
 
     if average is not None:
-        if stage.main:  # CANON E1, P10: the average takes their place as the stage's model
-            _save(copy.deepcopy(learner.policy), encoder, stage.folder / "model_last")  # a copy: saving merges LoRA's adapters for good
+        save(stage.folder / "model_last")  # CANON E1, P10: the average takes their place as the stage's model
         average.copy_to_model()
     final = evaluate(settings.rollouts)
     stage.log(settings.rollouts, **final)
     if settings.hand_over == "best":
         best.copy_to_model()
-    elif stage.main and state["best_rollout"] < settings.rollouts:
-        _save(_best_policy(config, encoder, best), encoder, stage.folder / "best")
-    if stage.main:
-        _save(learner.policy, encoder, stage.model)
+    save(stage.model)
+    if settings.hand_over == "last" and state["best_rollout"] < settings.rollouts:
+        best.copy_to_model()
+        save(stage.folder / "best")
     say(f"ppo: on {len(held_out)} held-out prompts score {final['eval_score_mean']:.2f} at KL {final['eval_kl']:.1f} nats; model in {stage.model}")
     say(f"ppo: held-out score less the price of KL is {final['eval_objective']:.2f} at the end, at best {state['best_objective']:.2f} after "
         f"{state['best_rollout']} of {settings.rollouts} rollouts; handed over: the {settings.hand_over}")
     stage.finish(**final, best_objective=state["best_objective"], best_rollout=state["best_rollout"], handed_over=settings.hand_over)
-
-
-def _best_policy(config: Config, encoder, best: MovingAverage):
-    """The best weights in a model of their own, on the CPU."""
-    policy = load_policy(str(Path(config.run.dir) / "sft" / "model"), encoder, attention_kernel(config.model.attention, "cpu"))
-    policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
-    weights = MovingAverage(policy, 0.0)
-    weights.load_state_dict(best.state_dict())
-    weights.copy_to_model()
-    return policy
-
-
-def _save(policy, encoder, place: Path) -> None:
-    with replacing_folder(place) as folder:
-        save_model(policy, encoder, folder)
 
 
 def _announce(config: Config, accelerator, prompts) -> None:

@@ -27,7 +27,7 @@ from rlhf.compute import describe, start, sum_over_processes
 from rlhf.config import Config
 from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
-from rlhf.errors import InputError, TrainingStopped
+from rlhf.errors import SKIPS_IN_A_ROW, InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder
 from rlhf.logprobs import linear_cross_entropy
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad
@@ -41,7 +41,6 @@ from rlhf.workers import Workers, accumulate, workers_for
 TOKENIZER_DOCUMENTS = 50_000  # enough for a stable vocabulary of a few thousand tokens
 WARMUP = 0.02
 EVAL_ROWS = 256
-SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the stage stops
 SORTED_ROWS = 4096  # rows sorted by length together
 
 

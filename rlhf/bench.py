@@ -108,7 +108,7 @@ def measure(config: Config, steps: int, peer_folder: Path | None = None) -> dict
     """Times `steps` PPO steps after one that is left out, in turn with the peer's if there is one, then sampling alone; the figures for --json."""
     with Peer(peer_folder) if peer_folder else contextlib.nullcontext() as peer:
         accelerator = start(config)
-        encoder = load_encoder(str(Path(config.run.dir) / "sft" / "model"))
+        encoder = load_encoder(str(Path(config.run.dir) / "sft" / "model"), config.model.trust_remote_code)
         prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)
         batches = [prompts_of_step(prompts, step, config.ppo.batch_size, config.seed) for step in range(steps + 1)]
         learner = Learner(config, accelerator, encoder)

@@ -7,6 +7,7 @@ from accelerate.utils import set_seed
 
 from rlhf.config import Config
 from rlhf.cores import threads_per_process
+from rlhf.errors import InputError
 from rlhf.quiet import quiet_libraries
 
 
@@ -67,12 +68,12 @@ def share(accelerator: Accelerator, rows: list) -> list:
     return rows[len(rows) * index // count : len(rows) * (index + 1) // count]
 
 
-def my_share(accelerator, rows):
-    """This process's rows of a list or tensor that all processes hold; every process must have one. Raises ValueError."""
-    mine = share(accelerator, rows)
-    if len(mine) == 0:
-        raise ValueError(f"{len(rows)} rows cannot be shared among {accelerator.num_processes} processes")
-    return mine
+def my_share(accelerator: Accelerator, rows):
+    """This process's rows of a list or tensor that all processes hold; raises InputError, on all of them, where there are too few for each."""
+    if len(rows) < accelerator.num_processes:
+        raise InputError(f"{len(rows)} rows of a batch cannot be shared among {accelerator.num_processes} processes; start fewer of them or make "
+                         "the batch larger (ppo.batch_size / ppo.minibatches, ppo.eval_prompts, ...)")
+    return share(accelerator, rows)
 
 
 def peak_memory_mb() -> int:

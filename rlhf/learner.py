@@ -27,16 +27,16 @@ class Learner:
     """Policy, value model, reference, scorer and optimizer of a run whose earlier stages are finished (its reward model in RUN/`within`)."""
 
     def __init__(self, config: Config, accelerator, encoder: Encoder, within: str = ""):
-        settings, run = config.ppo, Path(config.run.dir)
+        settings, sft, trust = config.ppo, Path(config.run.dir) / "sft" / "model", config.model.trust_remote_code
         device, attention = accelerator.device, attention_kernel(config.model.attention, accelerator.device)
         self.config, self.accelerator, self.encoder = config, accelerator, encoder
-        policy = load_policy(str(run / "sft" / "model"), encoder, attention)
+        policy = load_policy(str(sft), encoder, attention, trust)
         ref_policy = None
         if not config.model.lora_rank:
-            ref_policy = load_policy(str(run / "sft" / "model"), encoder, attention).to(device).requires_grad_(False)
+            ref_policy = load_policy(str(sft), encoder, attention, trust).to(device).requires_grad_(False)
         self.policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
-        self.scorer, reward_folders = scorer_of(config, run / within, attention, device)
-        value_model = new_value_model(settings.value_model, self.policy, encoder, reward_folders, run / "sft" / "model", attention, config.model)
+        self.scorer, reward_folders = scorer_of(config, Path(config.run.dir) / within, attention, device)
+        value_model = new_value_model(settings.value_model, self.policy, encoder, reward_folders, sft, attention, config.model)
         model = PolicyAndValue(self.policy, value_model)
         self.model, self.optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr))
         # Adapters are switched off for all threads at once
@@ -75,13 +75,13 @@ class Learner:
 
 def scorer_of(config: Config, within: Path, attention: str, device) -> tuple[Scorer, list[Path]]:
     """What scores completions, and the reward model folders that the value model may start from (none for a callable)."""
-    settings = config.ppo
+    settings, trust = config.ppo, config.model.trust_remote_code
     if settings.score:
         folders, main = [], CallableScorer(settings.score)
     else:
         folders = member_folders(within / "reward", config.reward.members)
-        main = load_scorer(folders, settings.ensemble, settings.uncertainty_coef, attention, device)
-    return with_mix(main, settings.mix, attention, device), folders
+        main = load_scorer(folders, settings.ensemble, settings.uncertainty_coef, attention, device, trust)
+    return with_mix(main, settings.mix, attention, device, trust), folders
 
 
 def update_settings(settings, step: int) -> UpdateSettings:

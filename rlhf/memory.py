@@ -26,30 +26,30 @@ def give_back() -> None:
 
 
 class Microbatch:
-    """How many tokens a microbatch may have; once halved it stays so for the rest of the run."""
+    """How much a microbatch may hold, in `unit`s; once halved it stays so for the rest of the run."""
 
-    def __init__(self, tokens: int, setting: str = "ppo.microbatch_tokens"):
-        self.tokens, self.setting = tokens, setting
+    def __init__(self, size: int, setting: str = "ppo.microbatch_tokens", unit: str = "tokens"):
+        self.size, self.setting, self.unit = size, setting, unit
 
-    def attempt(self, function: Callable[[int], object], longest_row: int, processes: int = 1):
-        """function(tokens), tried anew with half the tokens while memory runs out and more than one row would fit.
+    def attempt(self, function: Callable[[int], object], least: int, processes: int = 1):
+        """function(size), tried anew with half the size while memory runs out, down to `least` units: one row.
 
         `function` must undo what a failed try left behind. Raises TrainingStopped when a single row does not fit, and with several processes,
         where one that tries again would leave the others waiting.
         """
         while True:
             try:
-                return function(self.tokens)
+                return function(self.size)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.tokens <= longest_row or processes > 1:
-                    raise TrainingStopped(f"memory ran out in a microbatch of at most {self.tokens} tokens (longest row: {longest_row}); the "
+                if self.size <= least or processes > 1:
+                    raise TrainingStopped(f"memory ran out in a microbatch of at most {self.size} {self.unit} (one row: at most {least}); the "
                                           f"last checkpoint is whole. Lower {self.setting}, data.max_prompt_tokens or "
                                           "data.max_completion_tokens") from None
             # Outside of the except block, where the failed try's tensors are no longer held by its traceback
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.tokens = max(longest_row, self.tokens // 2)
-            say(f"memory ran out: microbatches have at most {self.tokens} tokens from here on, with the same result ({self.setting})")
+            self.size = max(least, self.size // 2)
+            say(f"memory ran out: microbatches have at most {self.size} {self.unit} from here on, with the same result ({self.setting})")

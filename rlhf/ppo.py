@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from rlhf.compute import max_over_processes, share, sum_over_processes
+from rlhf.compute import max_over_processes, my_share, sum_over_processes
 from rlhf.kl import k3
 from rlhf.losses import language_model_loss, policy_loss, value_loss
 from rlhf.memory import Microbatch
@@ -59,7 +59,7 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
                 optimizer.zero_grad()  # of a try that did not fit into memory
                 return _step(accelerator, model, rollout, rows, ptx_rows_now, settings, pad_id, workers, tokens)
 
-            longest = max(len(rollout.prompts[i]) + len(rollout.completions[i]) for i in rows)
+            longest = max([len(rollout.prompts[i]) + len(rollout.completions[i]) for i in rows] + [len(p) + len(c) for p, c in ptx_rows_now])
             figures, norm = microbatch.attempt(attempt, longest, accelerator.num_processes)
             if not steps:
                 first = {f"first_{name}": figures[name] for name in ("ratio_error", "ratio_drift")}
@@ -85,22 +85,25 @@ def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings
           workers: Workers, microbatch_tokens: int) -> tuple[dict, float]:
     """Gradients of one minibatch over all processes; returns its figures and the gradient norm before clipping (nan or inf: do not step)."""
     count = int(rollout.mask_BC[rows].sum())  # real tokens of the minibatch, all processes together (CANON P4)
-    mine, my_ptx = share(accelerator, rows), share(accelerator, ptx_rows)
+    mine, my_ptx = my_share(accelerator, rows), my_share(accelerator, ptx_rows) if ptx_rows else []
     ptx_count = sum(len(c) for _, c in ptx_rows)
-    lengths = [len(rollout.prompts[i]) + len(rollout.completions[i]) for i in mine]
-    groups = tight_groups(lengths, microbatch_tokens)
-    groups = split_to(groups, max(workers.count, max_over_processes(accelerator, len(groups))))
+
+    def groups_of(lengths: list[int]) -> list[list[int]]:
+        groups = tight_groups(lengths, microbatch_tokens)
+        return split_to(groups, max(workers.count, max_over_processes(accelerator, len(groups))))
 
     def ppo_part(group):
         loss, sums, error = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)
         # DDP averages the gradients of the processes; the loss is a sum over tokens of all of them, divided once
         return loss * accelerator.num_processes / count, (sums, error)
 
-    def ptx_part():
-        loss, sums = _ptx_loss(accelerator, model, my_ptx, settings, pad_id)
+    def ptx_part(group):
+        loss, sums = _ptx_loss(accelerator, model, [my_ptx[i] for i in group], settings, pad_id)
         return settings.ptx_coef * loss * accelerator.num_processes / ptx_count, (sums, torch.zeros_like(sums[0]))
 
-    parts = [partial(ppo_part, group) for group in groups] + ([ptx_part] if my_ptx else [])
+    parts = [partial(ppo_part, group) for group in groups_of([len(rollout.prompts[i]) + len(rollout.completions[i]) for i in mine])]
+    if my_ptx:
+        parts += [partial(ptx_part, group) for group in groups_of([len(p) + len(c) for p, c in my_ptx])]
     sums, errors = (torch.stack(column) for column in zip(*accumulate(accelerator, workers, model, parts), strict=True))
     totals = dict(zip(SUMS, sum_over_processes(accelerator, sums.sum(0)).tolist(), strict=True))
     figures = {n: totals[n] / max(totals["tokens"], 1) for n in MEANS}

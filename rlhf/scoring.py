@@ -151,16 +151,16 @@ def member_folders(stage: Path, members: int) -> list[Path]:
     return [stage / ("model" if m == 0 else f"model_{m}") for m in range(members)]
 
 
-def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attention: str, device) -> Scorer:
+def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attention: str, device, trust_remote_code: bool = False) -> Scorer:
     """The reward model at a folder, or an ensemble of several."""
     scorers = []
     for folder in folders:
-        encoder = load_encoder(str(folder))
-        scorers.append(RewardModelScorer(load_reward_model(str(folder), encoder, attention).to(device), encoder))
+        encoder = load_encoder(str(folder), trust_remote_code)
+        scorers.append(RewardModelScorer(load_reward_model(str(folder), encoder, attention, trust_remote_code).to(device), encoder))
     return scorers[0] if len(scorers) == 1 else EnsembleScorer(scorers, rule, uncertainty_coef)
 
 
-def with_mix(scorer: Scorer, mix: dict[str, float], attention: str, device) -> Scorer:
+def with_mix(scorer: Scorer, mix: dict[str, float], attention: str, device, trust_remote_code: bool = False) -> Scorer:
     """`scorer` with the sources of ppo.mix added at their weights; an empty mix leaves it as it is.
 
     A source is a folder or hub id of a reward model, or a callable's module:function. Raises InputError.
@@ -169,7 +169,8 @@ def with_mix(scorer: Scorer, mix: dict[str, float], attention: str, device) -> S
     for name, weight in mix.items():
         is_callable = ":" in name and not Path(name).is_dir()
         try:
-            source = CallableScorer(name, "ppo.mix") if is_callable else load_scorer([Path(name)], "mean", 0.0, attention, device)
+            source = (CallableScorer(name, "ppo.mix") if is_callable else
+                      load_scorer([Path(name)], "mean", 0.0, attention, device, trust_remote_code))
         except InputError as error:
             raise error if is_callable else InputError(f"ppo.mix names {name!r}, neither a module:function nor a reward model: {error}") from None
         sources.append((weight, source))

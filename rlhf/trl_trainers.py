@@ -25,6 +25,7 @@ from rlhf.encoding import Encoder
 from rlhf.errors import SKIPS_IN_A_ROW, InputError, TrainingStopped
 from rlhf.losses import ranking_loss
 from rlhf.masking import length_mask
+from rlhf.memory import Microbatch
 from rlhf.passes import Rows, make_rows, policy_pass
 from rlhf.progress import Progress, say
 from rlhf.rankings import collate_rankings, pair_figures
@@ -107,6 +108,7 @@ class _StageTrainer:
         """Logs into `stage` with `offset` added to the step and `figures` added to each line; keeps `keep` checkpoints; `ids` name the rows."""
         self.stage, self.keep, self.label, self.offset, self.ids, self.fixed_figures = stage, keep, label, offset, ids, figures
         self.skipped, self.skips_in_a_row = False, 0
+        self.microbatch = Microbatch(self.args.per_device_train_batch_size, f"{self.section}.microbatch", "rows")
         self.sums: dict[str, torch.Tensor | int] = {}
         self.remove_callback(PrinterCallback)
 
@@ -121,6 +123,28 @@ class _StageTrainer:
         self.clock = time.perf_counter()
         with Progress(self.label, self.args.max_steps, first) as self.bar:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Gradients of a microbatch. When memory runs out, it and those before it in the optimizer step are taken anew by halves (CANON P4)."""
+        places = inputs.pop("places").tolist()
+        self.taken.append(places)
+        tries = 0
+
+        def attempt(rows: int):
+            nonlocal tries
+            tries += 1
+            if tries > 1:  # what the earlier microbatches left behind goes with what the failed try did
+                self.sums = {}
+                model.zero_grad()
+            parts = [taken[i : i + rows] for taken in (self.taken if tries > 1 else [places]) for i in range(0, len(taken), rows)]
+            batches = [inputs] if parts == [places] else map(self._batch, parts)
+            return sum(super(_StageTrainer, self).training_step(model, batch, num_items_in_batch) for batch in batches)
+
+        return self.microbatch.attempt(attempt, 1, self.accelerator.num_processes)
+
+    def _batch(self, places: list[int]) -> dict:
+        batch = self.data_collator([{"row": place} for place in places])
+        return {name: part for name, part in batch.items() if name != "places"}
 
     def add_up(self, **sums) -> None:
         """Adds to the sums of this step and process, from which `figures` is made when the step ends."""
@@ -172,6 +196,7 @@ class _StageTrainer:
         say(f"{self.label}: {told}; the step was left out")
 
     def _count_items(self, counts: torch.Tensor) -> torch.Tensor:
+        self.taken: list[list[int]] = []  # an optimizer step begins: the rows of its microbatches so far
         return sum_over_processes(self.accelerator, counts.to(self.args.device))
 
     def _get_output_dir(self, trial=None) -> str:
@@ -272,7 +297,12 @@ class RankingTrainer(_StageTrainer, RewardTrainer):
 
 
 def _looked_up(rows: Sequence, collate: Callable[[list], dict]) -> Callable[[list[dict]], dict]:
-    return lambda picked: collate([rows[p["row"]] for p in picked])
+    """A collator of row numbers: the batch of those rows, and their numbers as "places"."""
+    def batch(picked: list[dict]) -> dict:
+        places = [p["row"] for p in picked]
+        return {**collate([rows[place] for place in places]), "places": torch.tensor(places)}
+
+    return batch
 
 
 def _collate_demonstrations(rows: list[tuple[list[int], list[int]]], pad_id: int, with_prompts: bool) -> dict:

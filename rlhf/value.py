@@ -17,13 +17,13 @@ def new_value_model(kind: str, policy, encoder: Encoder, reward_folders: list[Pa
     width = policy.config.get_text_config().hidden_size
     if kind == "shared":
         return ValueModel(None, _zero_head(width))
-    lora = (model_settings.lora_rank, model_settings.lora_alpha)
-    if reward_folders and load_encoder(str(reward_folders[0])).fingerprint() == encoder.fingerprint():
-        reward_model = load_reward_model(str(reward_folders[0]), encoder, attention)
+    lora, trust = (model_settings.lora_rank, model_settings.lora_alpha), model_settings.trust_remote_code
+    if reward_folders and load_encoder(str(reward_folders[0]), trust).fingerprint() == encoder.fingerprint():
+        reward_model = load_reward_model(str(reward_folders[0]), encoder, attention, trust)
         if hasattr(reward_model, "score"):
             head = scaled_head(reward_model)
             return ValueModel(_trunk(add_lora(reward_model, *lora, "SEQ_CLS")), head)
-    return ValueModel(_trunk(add_lora(load_policy(str(sft), encoder, attention), *lora, "CAUSAL_LM")), _zero_head(width))
+    return ValueModel(_trunk(add_lora(load_policy(str(sft), encoder, attention, trust), *lora, "CAUSAL_LM")), _zero_head(width))
 
 
 def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float) -> torch.optim.AdamW:

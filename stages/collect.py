@@ -42,8 +42,9 @@ def main(config: Config, number: int | None = None) -> None:
         raise InputError("collect: the embedded raters only rank answers to the embedded world's prompts; set data.preferences to your rankings")
     accelerator = start(config)
     source = str(run / policy / "model")
-    encoder = load_encoder(source)
-    model = load_policy(source, encoder, attention_kernel(config.model.attention, accelerator.device)).to(accelerator.device).eval()
+    encoder = load_encoder(source, config.model.trust_remote_code)
+    model = load_policy(source, encoder, attention_kernel(config.model.attention, accelerator.device), config.model.trust_remote_code)
+    model = model.to(accelerator.device).eval()
     sides = {"train": ((number - 1) * settings.prompts, settings.prompts), "eval": (0, settings.eval_prompts)}
     say(f"collect: {describe(accelerator)}; {settings.prompts:,} + {settings.eval_prompts:,} prompts x {settings.k} answers of {policy}")
     answered = {}

@@ -43,7 +43,7 @@ def main(config: Config) -> None:
         return
     accelerator = start(config)
     attention = attention_kernel(config.model.attention, accelerator.device)
-    encoder = load_encoder(str(run / "sft" / "model"))
+    encoder = load_encoder(str(run / "sft" / "model"), config.model.trust_remote_code)
     prompts = load_prompts(config.run.dir, "test", encoder, config.data.max_prompt_tokens)[: settings.prompts]
     say(f"compare: {describe(accelerator)}; {len(prompts)} held-out prompts x {', '.join(settings.policies)}")
 
@@ -56,7 +56,7 @@ def main(config: Config) -> None:
 
     sft = load(str(run / "sft" / "model"))
     folders = member_folders(run / "reward", config.reward.members)
-    proxy = load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, accelerator.device)
+    proxy = load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, accelerator.device, config.model.trust_remote_code)
     tasks, answers, in_context = _tasks(config, encoder, longest_row(sft)), {}, {}
     for place, name in enumerate(settings.policies):
         best_of = BEST_OF.fullmatch(name)
@@ -171,7 +171,7 @@ def _judge(config: Config, accelerator, attention, encoder, prompts, answers) ->
     if not folder.is_dir():
         raise InputError(f"compare.judge={wanted}: {folder} is not there. The reward stage makes a judge when data.judge_fraction is above 0; "
                          "a reward model's folder or a function (module:function) may be named instead")
-    scorer = load_scorer([folder], "mean", 0.0, attention, accelerator.device)
+    scorer = load_scorer([folder], "mean", 0.0, attention, accelerator.device, config.model.trust_remote_code)
     messages = [p.messages for p in prompts]
     with accelerator.autocast():
         return wanted, {name: scorer(messages, [a["ids"] for a in rows], encoder).tolist() for name, rows in answers.items()}, None

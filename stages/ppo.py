@@ -47,7 +47,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         say(f"ppo: already done in {stage.folder}")
         return
     accelerator = start(config)
-    encoder = load_encoder(str(run / "sft" / "model"))
+    encoder = load_encoder(str(run / "sft" / "model"), config.model.trust_remote_code)
     prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)
     held_out = load_prompts(config.run.dir, "eval", encoder, config.data.max_prompt_tokens)[: settings.eval_prompts]
 

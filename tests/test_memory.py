@@ -39,25 +39,25 @@ def fits(limit):
 
 def test_the_microbatch_is_halved_until_it_fits_and_stays_so(capsys):
     microbatch = Microbatch(1000)
-    assert microbatch.attempt(fits(300), longest_row=40) == 250 == microbatch.tokens
-    assert microbatch.attempt(fits(300), longest_row=40) == 250
+    assert microbatch.attempt(fits(300), least=40) == 250 == microbatch.size
+    assert microbatch.attempt(fits(300), least=40) == 250
     assert capsys.readouterr().out.count("memory ran out") == 2  # at 500 and at 250 tokens, not again
 
 
 def test_one_row_is_the_least_and_then_the_run_stops_with_a_remedy():
-    assert Microbatch(100).attempt(fits(60), longest_row=60) == 60
-    with pytest.raises(TrainingStopped, match="longest row: 70.*ppo.microbatch_tokens"):
-        Microbatch(100).attempt(fits(60), longest_row=70)
+    assert Microbatch(100).attempt(fits(60), least=60) == 60
+    with pytest.raises(TrainingStopped, match="one row: at most 70.*ppo.microbatch_tokens"):
+        Microbatch(100).attempt(fits(60), least=70)
 
 
 def test_several_processes_stop_rather_than_wait_for_each_other():
     with pytest.raises(TrainingStopped):
-        Microbatch(1000).attempt(fits(300), longest_row=40, processes=2)
+        Microbatch(1000).attempt(fits(300), least=40, processes=2)
 
 
 def test_other_errors_pass():
     with pytest.raises(ZeroDivisionError):
-        Microbatch(10).attempt(lambda tokens: 1 / 0, longest_row=1)
+        Microbatch(10).attempt(lambda tokens: 1 / 0, least=1)
 
 
 def test_P4_an_update_that_ran_out_of_memory_half_way_has_the_gradients_of_one_that_did_not(monkeypatch):

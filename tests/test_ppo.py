@@ -15,6 +15,7 @@ import torch
 
 import rlhf.ppo
 from rlhf.checkpoints import finished_checkpoints, load_checkpoint, save_checkpoint
+from rlhf.config import Config
 from rlhf.errors import TrainingStopped
 from rlhf.learner import check_finite
 from rlhf.models import load_encoder, load_policy, load_reward_model, save_model
@@ -291,6 +292,23 @@ def test_P4_microbatches_side_by_side_give_the_gradients_of_one_after_the_other(
     assert figures == pytest.approx(expected, rel=1e-6)
 
 
+def test_P4_P9_ptx_rows_keep_to_the_microbatch_and_give_the_same_gradients(monkeypatch):
+    model = policy_and_value(ENCODER)
+    rollout, ptx_rows = disturbed(rollout_of(model)), [(PROMPTS[i], [7, 8, 9 + i]) for i in range(6)]
+    expected, figures = gradients(model, rollout, ptx_rows, microbatch_tokens=1000, ptx_coef=2.0)
+    plain, sizes = rlhf.ppo._ptx_loss, []
+
+    def note(accelerator, model, pairs, *rest):
+        sizes.append(len(pairs))
+        return plain(accelerator, model, pairs, *rest)
+
+    monkeypatch.setattr(rlhf.ppo, "_ptx_loss", note)
+    found, again = gradients(model, rollout, ptx_rows, microbatch_tokens=1, ptx_coef=2.0)  # a row at a time
+    assert sizes == [1] * 6
+    assert_same_gradients(found, expected, 1e-6)
+    assert again == pytest.approx(figures, rel=1e-5)
+
+
 def rows_of_steps(monkeypatch, seed, ptx_rows=(), **changes):
     """Which rows (and ptx rows) each optimizer step of an update sees."""
     seen = []
@@ -440,7 +458,7 @@ def test_P9_ptx_adds_gamma_times_the_language_model_gradient(kind):
 
 
 def test_P9_ptx_rows_are_shared_out_over_the_steps(monkeypatch):
-    rows = list(range(10))
+    rows = [([1], [place]) for place in range(10)]
     steps = [ptx for _, ptx in rows_of_steps(monkeypatch, 1, rows, epochs=2, minibatches=2)]
     assert len(steps) == 4 and sorted(sum(steps, [])) == rows and min(map(len, steps)) >= 2
 
@@ -488,7 +506,7 @@ def test_P11_epochs_stop_when_kl_to_the_old_policy_passes_its_limit(target, epoc
 # P6: where the value model starts
 
 def model_settings():
-    return types.SimpleNamespace(lora_rank=0, lora_alpha=16)
+    return Config().model
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Rollouts: hand-made rows through rewards, GAE and whitening; statistics by hand; the reference (CANON S1, S3, P1, P2, P8, P12, A2)."""
 
 import math
+import types
 
 import pytest
 import torch
 
+from rlhf.compute import my_share
+from rlhf.errors import InputError
 from rlhf.models import add_lora
 from rlhf.passes import make_rows, policy_pass
 from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference
@@ -136,3 +139,13 @@ def test_clock_adds_up_by_phase():
         pass
     taken = clock.take()
     assert set(taken) == {"seconds_sample", "seconds_update"} and taken["seconds_sample"] > 0 and clock.take() == {}
+
+
+def test_rows_are_shared_out_in_order_and_too_few_are_refused_on_every_process():
+    def among(count, rows):
+        return [my_share(types.SimpleNamespace(num_processes=count, process_index=i), rows) for i in range(count)]
+
+    assert among(3, [1, 2, 3, 4]) == [[1], [2], [3, 4]]
+    for index in range(3):
+        with pytest.raises(InputError, match="2 rows of a batch cannot be shared among 3 processes; start fewer"):
+            my_share(types.SimpleNamespace(num_processes=3, process_index=index), [1, 2])

@@ -354,26 +354,63 @@ def _demonstrations(start, count):
     return [(encoder.prompt_ids(r["prompt"]), encoder.completion_ids(r["completion"])) for r in rows], encoder
 
 
+def _two_steps(start, folder, kind, microbatch):
+    """A trainer of `kind` for two optimizer steps of 8 rows."""
+    settings, recipe = _config(folder).run, Recipe("sft", 2, 8, microbatch, 1e-4, "linear", 3, "no")
+    if kind == "reward":
+        model, encoder = _fresh_reward_model(start)
+        return RankingTrainer(model, _some_rankings(start, 30), encoder, recipe, settings, folder)
+    rows, encoder = _demonstrations(start, 30)
+    policy = load_policy(str(start / "pretrain" / "model"), encoder, "eager")
+    return DemonstrationTrainer(policy, rows, encoder, recipe, settings, folder, 0.5 if "prompts" in kind else 0.0)
+
+
+def _same_but_for_rounding(found, wanted):
+    (gradients, lines), (expected, wanted_lines) = found, wanted
+    drift, scale = (gradients[0] - expected[0]).abs(), expected[0].abs().max()
+    assert drift.max() < 1e-5 * scale and drift.mean() < 1e-6 * scale
+    for line, other in zip(lines, wanted_lines, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5) and line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert line.get("accuracy") == other.get("accuracy")
+
+
 @pytest.mark.parametrize("kind", ["sft", "sft with prompts", "reward"])
 def test_P4_microbatches_change_nothing_but_rounding(start, tmp_path, kind):
-    settings, seen = _config(tmp_path).run, []
-    for microbatch in (8, 2, 1):
-        recipe = Recipe("sft", 2, 8, microbatch, 1e-4, "linear", 3, "no")
-        if kind == "reward":
-            model, encoder = _fresh_reward_model(start)
-            trainer = RankingTrainer(model, _some_rankings(start, 30), encoder, recipe, settings, tmp_path / f"{microbatch}")
-        else:
-            rows, encoder = _demonstrations(start, 30)
-            policy = load_policy(str(start / "pretrain" / "model"), encoder, "eager")
-            trainer = DemonstrationTrainer(policy, rows, encoder, recipe, settings, tmp_path / f"{microbatch}", 0.5 if "prompts" in kind else 0.0)
-        seen.append(_gradients(trainer))
-    for gradients, lines in seen[1:]:
-        drift = (gradients[0] - seen[0][0][0]).abs()
-        scale = seen[0][0][0].abs().max()
-        assert drift.max() < 1e-5 * scale and drift.mean() < 1e-6 * scale
-        for line, wanted in zip(lines, seen[0][1], strict=True):
-            assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-5) and line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
-            assert line.get("accuracy") == wanted.get("accuracy")
+    whole, *others = (_gradients(_two_steps(start, tmp_path / str(microbatch), kind, microbatch)) for microbatch in (8, 2, 1))
+    for found in others:
+        _same_but_for_rounding(found, whole)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_P4_memory_that_runs_out_halves_the_microbatches_and_changes_nothing_but_rounding(start, tmp_path, monkeypatch, capsys, kind):
+    trainers = {size: _two_steps(start, tmp_path / str(size), kind, size) for size in (8, 4)}
+    wanted = _gradients(trainers[8])
+    plain, tried = trainers[4].compute_loss, []
+
+    def second_of_four_rows_fails(model, inputs, *args, **kwargs):
+        loss = plain(model, inputs, *args, **kwargs)
+        rows = len(inputs["mask_BC"] if kind == "sft" else inputs["ranks_BK"])
+        tried.append(rows)
+        if rows == 4 and len(tried) > 1:  # the first microbatch already left gradients and sums behind, and this one its sums
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    monkeypatch.setattr(trainers[4], "compute_loss", second_of_four_rows_fails)
+    capsys.readouterr()
+    _same_but_for_rounding(_gradients(trainers[4]), wanted)
+    assert tried == [4, 4, 2, 2, 2, 2, 2, 2, 2, 2]  # the first step again in halves, the second at once so
+    assert capsys.readouterr().out.count("memory ran out: microbatches have at most 2 rows from here on, with the same result (sft.microbatch)") == 1
+
+
+def test_a_row_that_does_not_fit_into_memory_stops_the_stage(start, tmp_path, monkeypatch):
+    trainer = _two_steps(start, tmp_path, "sft", 2)
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "compute_loss", fails)
+    with pytest.raises(TrainingStopped, match="at most 1 rows.*sft.microbatch"):
+        _gradients(trainer)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])

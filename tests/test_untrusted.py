@@ -11,11 +11,13 @@ import subprocess
 import pytest
 import torch
 
+import rlhf.models
 from rlhf.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.cli import guarded
 from rlhf.config import load_config
 from rlhf.errors import InputError
-from rlhf.models import load_encoder, load_policy, load_reward_model
+from rlhf.learner import Learner
+from rlhf.models import load_encoder, load_policy, load_reward_model, save_model
 from rlhf.ppo import MovingAverage
 from rlhf.progress import say
 from rlhf.runs import open_stage
@@ -90,6 +92,24 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(tmp_path, tiny
             load(str(folder), encoder, "eager")
     load_encoder(str(folder))  # tokenizer.json needs no code
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_ppo_trusts_code_where_the_config_does(tmp_path, tiny_folder, monkeypatch, asked):
+    encoder, plain, trusted = tiny_encoder(), rlhf.models._load, []
+    for place in ("sft", "reward", "other"):
+        model = (load_policy if place == "sft" else load_reward_model)(str(tiny_folder), encoder, "eager")
+        save_model(model, encoder, tmp_path / place / "model")
+
+    def note(auto_class, source, **settings):
+        trusted.append(settings["trust_remote_code"])
+        return plain(auto_class, source, **settings)
+
+    monkeypatch.setattr(rlhf.models, "_load", note)
+    mix = f"ppo.mix={json.dumps({str(tmp_path / 'other' / 'model'): 0.5})}"
+    config = load_config("configs/tiny.yaml", [f"run.dir={tmp_path}", f"model.trust_remote_code={json.dumps(asked)}", mix])
+    Learner(config, cpu(), encoder)
+    assert len(trusted) > 10 and set(trusted) == {asked}
 
 
 # Paths

@@ -67,7 +67,7 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        with _cast_once(policy):
+        with _cast_once(policy), _attention_for_sampling(policy):
             sampled = _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
         for i, ids in zip(rows, sampled, strict=True):
             completions[i] = ids
@@ -85,6 +85,23 @@ def _cast_once(policy):
     finally:
         for p in frozen:
             p.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _attention_for_sampling(policy):
+    """sdpa in place of eager attention where heads share keys and values: eager copies those for every head and token anew, which takes SmolLM2
+    2.4 times as long (configs/EXPERIMENTS.md). Training passes stay eager, whose backward pass is the faster one on CPUs."""
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    config = model.config.get_text_config()
+    shared = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) < config.num_attention_heads
+    if not (shared and model.config._attn_implementation == "eager" and model._supports_sdpa):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("eager")
 
 
 def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[list[int]]:

@@ -123,6 +123,17 @@ class CountsCasts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("model", "expected"), [
+    (llama, "sdpa"), (nano, "eager"), (lambda encoder: add_lora(llama(encoder), 2, 4, "CAUSAL_LM"), "sdpa")])
+def test_heads_that_share_keys_are_sampled_from_with_sdpa_and_trained_with_eager_attention(model, expected):
+    policy, seen = model(ENCODER).eval(), []
+    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    inner.set_attn_implementation("eager")
+    inner.base_model.register_forward_pre_hook(lambda *_: seen.append(inner.config._attn_implementation))
+    sample(policy, PROMPTS[:2], draw_uniforms(2, 3, 0), ENCODER, 1.0, 2)
+    assert set(seen) == {expected} and inner.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("name", ["gpt2", "lora", "llama"])
 def test_weights_are_cast_once_for_all_tokens_frozen_ones_too(name):
     """Per token it took longer than the products themselves; afterwards what was frozen is frozen again."""

@@ -89,11 +89,12 @@ def _cast_once(policy):
 
 @contextlib.contextmanager
 def _attention_for_sampling(policy):
-    """sdpa in place of eager attention where heads share keys and values: eager copies those for every head and token anew, which takes SmolLM2
-    2.4 times as long (configs/EXPERIMENTS.md). Training passes stay eager, whose backward pass is the faster one on CPUs."""
+    """sdpa in place of eager attention where heads share keys and values: eager copies those for every head and token anew: a token of SmolLM2
+    takes 2.4 times as long (configs/EXPERIMENTS.md). Training passes stay eager, whose backward pass is the faster one on CPUs."""
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     config = model.config.get_text_config()
-    shared = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) < config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)
+    shared = (getattr(config, "num_key_value_heads", None) or heads) < heads
     if not (shared and model.config._attn_implementation == "eager" and model._supports_sdpa):
         yield
         return

@@ -97,6 +97,10 @@ class Encoder:
         """True when the completion ends with EOS, as opposed to being cut at the length limit."""
         return bool(ids) and ids[-1] == self.eos_id
 
+    def closed(self, completion: list[int]) -> list[int]:
+        """A completion that ends with the EOS: of one that was cut off, the last token gives way to it, so that no row grows."""
+        return completion if self.ended(completion) else [*completion[:-1], self.eos_id]
+
     def fingerprint(self) -> str:
         """Hash of vocabulary, template and end token: stages refuse models made with another one."""
         parts = json.dumps([sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, self.eos_id, self.pad_id])

@@ -58,7 +58,8 @@ class RewardModelScorer:
 
     def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
         same = policy_encoder.fingerprint() == self.encoder.fingerprint()
-        rows = [self.encoder.prompt_ids(p) + (c if same else self.encoder.completion_ids(policy_encoder.decode(c)))
+        # A reward model has learned what its output at an EOS means; at the end of an answer that was cut off it means nothing (CANON R2)
+        rows = [self.encoder.prompt_ids(p) + (self.encoder.closed(c) if same else self.encoder.completion_ids(policy_encoder.decode(c)))
                 for p, c in zip(prompts, completions, strict=True)]
         return self.gain * raw_scores(self.model, rows, self.encoder.pad_id) + self.bias
 

@@ -71,6 +71,12 @@ def test_R5_gain_and_bias_are_applied_and_survive_saving_and_loading(tmp_path):
     assert loaded(MESSAGES, COMPLETIONS, ENCODER).tolist() == pytest.approx((2.5 * plain - 0.75).tolist(), abs=1e-5)
 
 
+def test_R2_an_answer_that_was_cut_off_is_scored_at_an_end_token_in_place_of_its_last_one():
+    model, messages, cut = reward_model(), MESSAGES[:2], [c[:-1] for c in COMPLETIONS[:2]]
+    rows = [ENCODER.prompt_ids(m) + c[:-1] + [ENCODER.eos_id] for m, c in zip(messages, cut, strict=True)]
+    assert torch.equal(RewardModelScorer(model, ENCODER)(messages, cut, ENCODER), raw_scores(model, rows, ENCODER.pad_id))
+
+
 def test_a_reward_model_without_normalisation_gives_its_raw_scores():
     model = reward_model()
     rows = [ENCODER.prompt_ids(m) + c for m, c in zip(MESSAGES, COMPLETIONS, strict=True)]

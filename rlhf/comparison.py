@@ -337,7 +337,7 @@ def headline(summary: dict) -> str:
 def _result(summary: dict, row: dict) -> str:
     low, high = row["ci95"]
     digits = 3 if min(abs(low - 0.5), abs(high - 0.5)) < 0.005 else 2  # an end at 0.503 must not be printed as 0.50
-    judge = "the gold score" if summary["judge"] == "gold" else f"the judge {summary['judge']}"
+    judge = {"gold": "the gold score", "judge": "the independent judge"}.get(summary["judge"], f"the judge {summary['judge']}")
     judge = "that reward" if summary.get("proxy_is_judge") else judge
     text = f"win rate {row['win_rate']:.{digits}f} (95 % interval {low:.{digits}f}-{high:.{digits}f}) by {judge}"
     a, ratio = summary["policies"][row["a"]], length_ratio(summary, row)

@@ -270,6 +270,7 @@ def test_without_a_gold_judge_gold_is_null():
     assert summary["policies"]["ppo"]["gold_mean"] is None
     assert summary["comparisons"][0]["win_rate"] == 1.0
     assert "by the judge another reward model" in verdict(summary)
+    assert "by the independent judge" in verdict({**summary, "judge": "judge"})
 
 
 def test_E3_a_pairwise_judge_is_asked_in_both_orders():

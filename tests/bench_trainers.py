@@ -47,11 +47,10 @@ def main() -> int:
     wanted = parser.parse_args()
     disable_progress_bars()
     config = load_config(str(Path(wanted.run) / "sft" / "config.yaml"), [f"run.dir={wanted.run}", "run.save_every=1000000"])
-    bf16 = start(config).mixed_precision == "bf16"
-    sft = str(Path(wanted.run) / "sft" / "model")
+    accelerator = start(config)
     found = {}
-    for name, sides in {"sft": sft_sides(config, sft, wanted.steps, bf16), "reward": reward_sides(config, sft, wanted.steps, bf16)}.items():
-        found[name] = compared(sides, wanted.rounds)
+    for name, sides in {"sft": sft_sides, "reward": reward_sides}.items():
+        found[name] = compared(sides(config, accelerator, str(Path(wanted.run) / "sft" / "model"), wanted.steps), wanted.rounds)
         ours, theirs = found[name]["ours"], found[name]["trl"]
         print(f"{name}: TRL {theirs['wall']:.2f} s a step ({theirs['cpu']:.2f} s CPU), ours {ours['wall']:.2f} ({ours['cpu']:.2f}): "
               f"{found[name]['wall_ratio']:.2f} times as fast ({found[name]['cpu_ratio']:.2f} by CPU time)", flush=True)
@@ -95,15 +94,16 @@ def timed(trainer) -> dict[str, float]:
     return {name: (clock.ends[-1][name] - clock.ends[0][name]) / (len(clock.ends) - 1) for name in CLOCKS}
 
 
-def trl_arguments(kind, folder: str, steps: int, batch: int, microbatch: int, bf16: bool):
+def trl_arguments(kind, accelerator, folder: str, steps: int, batch: int, microbatch: int):
     """TRL's defaults but for what is named."""
     return kind(output_dir=folder, max_steps=steps, per_device_train_batch_size=microbatch, gradient_accumulation_steps=batch // microbatch,
-                bf16=bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to=[], disable_tqdm=True)
+                bf16=accelerator.mixed_precision == "bf16", use_cpu=accelerator.device.type == "cpu", save_strategy="no", report_to=[],
+                disable_tqdm=True)
 
 
-def recipe(config: Config, section: str, steps: int, bf16: bool) -> Recipe:
+def recipe(config: Config, section: str, steps: int, accelerator) -> Recipe:
     settings = getattr(config, section)
-    return Recipe(section, steps, settings.batch_size, settings.microbatch, settings.lr, "linear", 0, "bf16" if bf16 else "no")
+    return Recipe(section, steps, settings.batch_size, settings.microbatch, settings.lr, "linear", 0, accelerator.mixed_precision)
 
 
 def first_rows(config: Config, kind: str, count: int) -> list[dict]:
@@ -117,24 +117,24 @@ def answer(text: str) -> list[dict]:
     return [{"role": "assistant", "content": text}]
 
 
-def sft_sides(config: Config, sft: str, steps: int, bf16: bool) -> dict[str, Callable]:
+def sft_sides(config: Config, accelerator, sft: str, steps: int) -> dict[str, Callable]:
     """How each side makes its SFT trainer in a folder."""
     rows, encoder, batch = first_rows(config, "demonstrations", steps * config.sft.batch_size), load_encoder(sft), config.sft.batch_size
     pairs = [(encoder.prompt_ids(row["prompt"]), encoder.completion_ids(row["completion"])) for row in rows]
     texts = Dataset.from_list([{"prompt": row["prompt"], "completion": answer(row["completion"])} for row in rows])
 
     def ours(folder: str):
-        policy = load_policy(sft, encoder, attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu"))
-        return DemonstrationTrainer(policy, pairs, encoder, recipe(config, "sft", steps, bf16), config.run, Path(folder))
+        policy = load_policy(sft, encoder, attention_kernel(config.model.attention, accelerator.device))
+        return DemonstrationTrainer(policy, pairs, encoder, recipe(config, "sft", steps, accelerator), config.run, Path(folder))
 
     def trl(folder: str):
-        return SFTTrainer(sft, args=trl_arguments(SFTConfig, folder, steps, batch, config.sft.microbatch, bf16), train_dataset=texts,
+        return SFTTrainer(sft, args=trl_arguments(SFTConfig, accelerator, folder, steps, batch, config.sft.microbatch), train_dataset=texts,
                           processing_class=encoder.tokenizer)
 
     return {"ours": ours, "trl": trl}
 
 
-def reward_sides(config: Config, sft: str, steps: int, bf16: bool) -> dict[str, Callable]:
+def reward_sides(config: Config, accelerator, sft: str, steps: int) -> dict[str, Callable]:
     """How each side makes its reward trainer in a folder."""
     rows, encoder = first_rows(config, "preferences", steps * config.reward.batch_size), load_encoder(sft)
     rankings = encode_rankings(rows, encoder, config.data.max_prompt_tokens, config.data.max_completion_tokens, "drop")[0]
@@ -145,13 +145,13 @@ def reward_sides(config: Config, sft: str, steps: int, bf16: bool) -> dict[str, 
     batch = max(1, round(len(pairs) / steps / microbatch)) * microbatch
 
     def ours(folder: str):
-        model = load_reward_model(sft, encoder, attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu"))
+        model = load_reward_model(sft, encoder, attention_kernel(config.model.attention, accelerator.device))
         model.config.use_cache = False
         init_reward_head(model, torch.Generator().manual_seed(0))
-        return RankingTrainer(model, rankings, encoder, recipe(config, "reward", steps, bf16), config.run, Path(folder))
+        return RankingTrainer(model, rankings, encoder, recipe(config, "reward", steps, accelerator), config.run, Path(folder))
 
     def trl(folder: str):
-        return RewardTrainer(sft, args=trl_arguments(RewardConfig, folder, steps, batch, microbatch, bf16), train_dataset=pairs,
+        return RewardTrainer(sft, args=trl_arguments(RewardConfig, accelerator, folder, steps, batch, microbatch), train_dataset=pairs,
                              processing_class=encoder.tokenizer)
 
     return {"ours": ours, "trl": trl}

@@ -190,7 +190,8 @@ def sampling(learner: Learner, rows: list[Prompt]) -> dict:
 
 def _sampled(learner: Learner, prompts: list[list[int]], number: int) -> list[list[int]]:
     uniforms_BC = draw_uniforms(len(prompts), learner.config.data.max_completion_tokens, learner.config.seed, 2, number)
-    return sample(learner.policy, prompts, uniforms_BC, learner.encoder, learner.config.ppo.temperature, len(prompts))
+    return sample(learner.policy, prompts, uniforms_BC, learner.encoder, learner.config.ppo.temperature, len(prompts),
+                  learner.workers)
 
 
 @torch.inference_mode()

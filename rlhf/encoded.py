@@ -22,13 +22,14 @@ from rlhf.jsonl import read_jsonl, replacing_folder, write_json
 from rlhf.runs import file_digest
 
 BATCH_ROWS = 1000
-VERSION = 1  # another number whenever the same rows would be encoded otherwise
+VERSION = 2  # another number whenever the same rows would be encoded otherwise
 IDS, NUMBERS, TEXT = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float64()), pyarrow.string()
-SCHEMAS = {  # of every kind of row; length: tokens of a row, of its longest completion where it has several
+SCHEMAS = {  # of every kind of row, which has its tokens as "length" too
     "text": {"ids": IDS},
     "prompts": {"messages": pyarrow.list_(pyarrow.struct({"role": TEXT, "content": TEXT})), "ids": IDS, "id": TEXT, "family": TEXT},
     "demonstrations": {"prompt": IDS, "completion": IDS, "id": TEXT},
-    "rankings": {"prompt": IDS, "completions": pyarrow.list_(IDS), "ranks": IDS, "margin": pyarrow.float64(), "gold": NUMBERS, "id": TEXT},
+    "rankings": {"prompt": IDS, "completions": pyarrow.list_(IDS), "ranks": IDS, "margin": pyarrow.float64(), "gold": NUMBERS, "id": TEXT,
+                 "longest": pyarrow.int32()},
 }
 
 

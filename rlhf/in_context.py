@@ -15,6 +15,7 @@ from rlhf import world
 from rlhf.comparison import Z95
 from rlhf.encoding import Encoder
 from rlhf.sampling import sample
+from rlhf.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ def tasks_that_fit(tasks: list[Task], encoder: Encoder, room: int | None) -> lis
 
 
 def in_context_scores(policy, tasks: list[Task], shots: int, encoder: Encoder, uniforms_BC: torch.Tensor, temperature: float,
-                      batch_size: int) -> list[dict]:
+                      batch_size: int, workers: Workers = ALONE) -> list[dict]:
     """One sampled answer of `policy` to each task after `shots` examples, graded: {"gold": in [0, 1], "correct": in [0, 1] or None}.
 
     uniforms_BC: a row of random numbers for each task (`rlhf.sampling.sample`); the same ones for two policies make a paired comparison.
     `correct` is that part of the gold score's rubric by itself: what the policy can do, whatever its manners; None in families without it.
     """
-    completions = sample(policy, [encoder.prompt_ids(t.messages(shots)) for t in tasks], uniforms_BC, encoder, temperature, batch_size)
+    completions = sample(policy, [encoder.prompt_ids(t.messages(shots)) for t in tasks], uniforms_BC, encoder, temperature, batch_size,
+                         workers)
     texts = [encoder.decode(c) for c in completions]
     return [{"gold": world.gold_score(t.prompt, text), "correct": world.gold_parts(t.prompt, text).get("correct")}
             for t, text in zip(tasks, texts, strict=True)]

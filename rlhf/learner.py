@@ -50,7 +50,8 @@ class Learner:
         mine = my_share(accelerator, rows)
         uniforms_BC = draw_uniforms(len(rows), self.config.data.max_completion_tokens, self.config.seed, *seeds)
         with self.clock("sample"), accelerator.autocast():
-            completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, len(mine))
+            completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, len(mine),
+                                 self.workers)
         with self.clock("score"), accelerator.autocast():
             scores_B = self.scorer([p.messages for p in mine], completions, encoder)
         scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)

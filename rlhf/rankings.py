@@ -42,7 +42,7 @@ def encode_rankings(rows: list[dict], encoder, max_prompt_tokens: int, max_compl
 
     Answers over `max_completion_tokens` (with the EOS) are left out; a row is, when its prompt is over `max_prompt_tokens` or no pair is
     left to learn from. An encoded row: {"prompt": ids, "completions": [ids, ...], "ranks", "margin": float, "gold": [float, ...] or None, "id",
-    "length": tokens of the prompt with its longest completion}.
+    "longest": tokens of the prompt with its longest completion, "length": with all of them}.
     """
     encoded, dropped, answers = [], 0, iter(encoder.completions_ids([text for row in rows for text in row["completions"]]))
     for row, prompt in zip(rows, encoder.prompts_ids([row["prompt"] for row in rows]), strict=True):
@@ -54,15 +54,16 @@ def encode_rankings(rows: list[dict], encoder, max_prompt_tokens: int, max_compl
             continue
         encoded.append({"prompt": prompt, "completions": [completions[i] for i in kept], "ranks": ranks, "margin": float(row.get("margin") or 0.0),
                         "gold": gold and [gold[i] for i in kept], "id": row.get("id"),
-                        "length": len(prompt) + max(len(completions[i]) for i in kept)})
+                        "longest": len(prompt) + max(len(completions[i]) for i in kept),
+                        "length": len(prompt) + sum(len(completions[i]) for i in kept)})
     return encoded, dropped
 
 
 def collate_rankings(rows: list[dict], pad_id: int) -> dict:
-    """All answers of some prompts as one right-padded batch in which each stands once, and where each prompt finds its own.
+    """Ranks and answers of some prompts; all answers are one right-padded batch in which each stands once behind its prompt.
 
     Large batches are filled up with copies that no prompt refers to, so that few different shapes occur (WIDTH_STEP in rlhf/masking.py).
-    ids_NT, mask_NT (True on real tokens); places_BK: row in N of each answer; ranks_BK: 1 is best, 0 an empty place; margin_B; tokens: real ones.
+    ids_NT, mask_NT (True on real tokens); places_BK: row in N of each answer; tokens: real ones; and `ranks_and_margins`.
     """
     answers = [row["prompt"] + completion for row in rows for completion in row["completions"]]
     filled = answers + [answers[0]] * (round_up(len(answers), FILL_STEP) - len(answers)) if len(answers) > FILL_STEP else answers
@@ -71,9 +72,12 @@ def collate_rankings(rows: list[dict], pad_id: int) -> dict:
     lengths, ids_NT = [len(ids) for ids in answers], right_pad(filled, pad_id, WIDTH_STEP)
     return {
         "ids_NT": ids_NT, "mask_NT": length_mask([len(ids) for ids in filled], ids_NT.shape[1]), "tokens": sum(lengths),
-        "places_BK": torch.where(real_BK, starts[:, None] + torch.arange(real_BK.shape[1]), 0),
-        "ranks_BK": right_pad([row["ranks"] for row in rows], 0), "margin_B": torch.tensor([row["margin"] for row in rows]),
-    }
+        "places_BK": torch.where(real_BK, starts[:, None] + torch.arange(real_BK.shape[1]), 0), **ranks_and_margins(rows)}
+
+
+def ranks_and_margins(rows: list[dict]) -> dict:
+    """ranks_BK: 1 is best, 0 an empty place; margin_B."""
+    return {"ranks_BK": right_pad([row["ranks"] for row in rows], 0), "margin_B": torch.tensor([row["margin"] for row in rows])}
 
 
 class Fp32Linear(nn.Linear):

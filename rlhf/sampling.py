@@ -1,10 +1,11 @@
-"""Sampling completions from a policy: finished rows leave the batch, keys and values live in one preallocated buffer.
+"""Sampling completions from a policy: finished rows leave the batch, keys and values live in one preallocated buffer, equal prompts are read once.
 
 A row's randomness is drawn before it is sampled (one uniform number a token), so what a prompt gets does not depend on which rows it
 is batched with, nor on how many processes share the work. top_k and top_p do not exist here (CANON S1).
 """
 
 import contextlib
+import functools
 import hashlib
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf.encoding import Encoder
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
+from rlhf.workers import ALONE, Workers
 
 WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
 COMPACT_BELOW = 0.75  # the batch is repacked when fewer of its rows than this are still running
@@ -46,8 +48,8 @@ class BufferLayer(DynamicLayer):
         return self.filled
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Only these rows of the batch remain."""
-        self.key_buffer, self.value_buffer = self.key_buffer[rows], self.value_buffer[rows]
+        """The batch becomes these of its rows; a row may be wanted more than once."""
+        self.key_buffer, self.value_buffer = self.key_buffer.index_select(0, rows), self.value_buffer.index_select(0, rows)
 
 
 def draw_uniforms(rows: int, columns: int, *seeds: int) -> torch.Tensor:
@@ -57,21 +59,36 @@ def draw_uniforms(rows: int, columns: int, *seeds: int) -> torch.Tensor:
     return torch.rand(rows, columns, generator=generator)
 
 
-@torch.no_grad()  # not inference_mode, in which autocast casts every weight anew for every token
-def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder: Encoder, temperature: float, batch_size: int) -> list[list[int]]:
+def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder: Encoder, temperature: float, batch_size: int,
+           workers: Workers = ALONE) -> list[list[int]]:
     """A completion for each prompt: ids up to and with the EOS, or as many as `uniforms_BC` has columns (CANON S2).
 
-    Prompts are sampled in batches of similar length. `policy` is called under whatever autocast the caller opened.
+    Prompts are sampled in batches of similar length, `batch_size` rows at once, shared out among `workers`. `policy` is called under whatever
+    autocast the caller opened.
     """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    parts = [part for batch in batches for part in _parts(batch, workers.count)]
+    device = next(policy.parameters()).device.type
+    autocast = functools.partial(torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    @torch.no_grad()  # of the thread that runs it; not inference_mode, in which autocast casts every weight anew for every token
+    def completions_of(rows: list[int]) -> list[list[int]]:
+        with autocast():
+            return _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
+
     completions: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        with _cast_once(policy), _attention_for_sampling(policy):
-            sampled = _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
-        for i, ids in zip(rows, sampled, strict=True):
-            completions[i] = ids
+    with _cast_once(policy), _attention_for_sampling(policy):
+        for rows, sampled in zip(parts, workers.map(completions_of, parts), strict=True):
+            for i, ids in zip(rows, sampled, strict=True):
+                completions[i] = ids
     return completions
+
+
+def _parts(rows: list[int], count: int) -> list[list[int]]:
+    """Rows in at most `count` consecutive parts of like size."""
+    size = -(-len(rows) // count)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 @contextlib.contextmanager
@@ -89,13 +106,10 @@ def _cast_once(policy):
 
 @contextlib.contextmanager
 def _attention_for_sampling(policy):
-    """sdpa in place of eager attention where heads share keys and values: eager copies those for every head and token anew: a token of SmolLM2
-    takes 2.4 times as long (configs/EXPERIMENTS.md). Training passes stay eager, whose backward pass is the faster one on CPUs."""
+    """sdpa in place of eager attention, where a model has it: a token of SmolLM2 takes 0.4 times as long, one of the quickstart's model 0.75
+    times (configs/EXPERIMENTS.md). Training passes stay eager, whose backward pass is the faster one on CPUs."""
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)
-    shared = (getattr(config, "num_key_value_heads", None) or heads) < heads
-    if not (shared and model.config._attn_implementation == "eager" and model._supports_sdpa):
+    if not (model.config._attn_implementation == "eager" and model._supports_sdpa):
         yield
         return
     model.set_attn_implementation("sdpa")
@@ -107,19 +121,26 @@ def _attention_for_sampling(policy):
 
 def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[list[int]]:
     device = next(policy.parameters()).device
-    limit = uniforms_BC.shape[1]
-    mask_BT = left_pad_mask([len(p) for p in prompts]).to(device)
+    limit, places = uniforms_BC.shape[1], {}
+    read = [places.setdefault(tuple(p), len(places)) for p in prompts]  # several answers to a prompt: it is read once
+    different = list(map(list, places))
+    mask_BT = left_pad_mask([len(p) for p in different]).to(device)
     width = mask_BT.shape[1]
-    mask_BT = torch.cat([mask_BT, mask_BT.new_zeros(len(prompts), limit + WIDTH_STEP)], 1)  # a column turns True when its token is there
+    mask_BT = torch.cat([mask_BT, mask_BT.new_zeros(len(different), limit + WIDTH_STEP)], 1)  # a column turns True when its token is there
     layers = [BufferLayer(width + limit) for _ in range(policy.config.get_text_config().num_hidden_layers)]
     cache = Cache(layers=layers)
-    ids, position = left_pad(prompts, encoder.pad_id).to(device), positions(mask_BT[:, :width])
+    ids, position = left_pad(different, encoder.pad_id).to(device), positions(mask_BT[:, :width])
     uniforms_BC, running, sampled = uniforms_BC.to(device), torch.arange(len(prompts), device=device), []
     going = torch.ones_like(running, dtype=torch.bool)
     for column in range(limit):
         seen_BT = mask_BT[:, : round_up(width + column, WIDTH_STEP)]
         logits = policy(input_ids=ids, attention_mask=seen_BT, position_ids=position, past_key_values=cache, use_cache=True,
                         logits_to_keep=1).logits[:, -1]
+        if column == 0 and len(different) < len(prompts):
+            rows = torch.tensor(read, device=device)
+            logits, position, mask_BT = logits[rows], position[rows], mask_BT[rows]
+            for layer in layers:
+                layer.keep_rows(rows)
         ids = _draw(logits, uniforms_BC[:, column], temperature)[:, None]
         sampled.append((running, ids[:, 0]))
         mask_BT[:, width + column] = True

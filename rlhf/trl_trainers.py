@@ -30,6 +30,8 @@ from rlhf.passes import Rows, make_rows, policy_pass
 from rlhf.progress import Progress, say
 from rlhf.rankings import collate_rankings, pair_figures
 from rlhf.runs import Stage
+from rlhf.shared_prompts import can_share, collate_shared, pays, shared_rewards
+from rlhf.workers import accumulate, workers_for
 
 WARMUP = 0.03  # share of the steps in which the learning rate rises
 SORTED_STEPS = 16  # steps whose rows are sorted by length together: 6 % of the quickstart's tokens are padding (1 step: 47 %, 50 steps: 2 %)
@@ -109,6 +111,7 @@ class _StageTrainer:
         self.stage, self.keep, self.label, self.offset, self.ids, self.fixed_figures = stage, keep, label, offset, ids, figures
         self.skipped, self.skips_in_a_row = False, 0
         self.microbatch = Microbatch(self.args.per_device_train_batch_size, f"{self.section}.microbatch", "rows")
+        self.workers = workers_for(self.accelerator, self.model)
         self.sums: dict[str, torch.Tensor | int] = {}
         self.remove_callback(PrinterCallback)
 
@@ -137,10 +140,32 @@ class _StageTrainer:
                 self.sums = {}
                 model.zero_grad()
             parts = [taken[i : i + rows] for taken in (self.taken if tries > 1 else [places]) for i in range(0, len(taken), rows)]
+            if self.workers.count > 1:
+                return sum(self._side_by_side(model, part, num_items_in_batch) for part in parts)
             batches = [inputs] if parts == [places] else map(self._batch, parts)
             return sum(super(_StageTrainer, self).training_step(model, batch, num_items_in_batch) for batch in batches)
 
         return self.microbatch.attempt(attempt, 1, self.accelerator.num_processes)
+
+    def _side_by_side(self, model, places: list[int], num_items_in_batch) -> torch.Tensor:
+        """`training_step` of a microbatch whose rows are shared out among the workers, so that each gets long and short ones."""
+        model.train()
+        parts = [part for first in range(self.workers.count) if (part := places[first :: self.workers.count])]
+
+        def loss_of(part):
+            loss, sums = self.loss_and_sums(model, self._batch(part), num_items_in_batch)
+            return loss, (loss.detach(), sums)
+
+        losses, sums = zip(*accumulate(self.accelerator, self.workers, model, [functools.partial(loss_of, part) for part in parts]), strict=True)
+        for one in sums:
+            self.add_up(**one)
+        return sum(losses)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a microbatch, its share of the step's; gradients' mean over processes is undone."""
+        loss, sums = self.loss_and_sums(model, inputs, num_items_in_batch)
+        self.add_up(**sums)
+        return loss
 
     def _batch(self, places: list[int]) -> dict:
         batch = self.data_collator([{"row": place} for place in places])
@@ -156,7 +181,7 @@ class _StageTrainer:
         return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """In place of the trainers' own: a line of metrics.jsonl for every step, and the end of a run whose loss is no number."""
+        """In place of the trainers' own: a line of metrics.jsonl for every step."""
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         if "loss" not in logs:
             return  # the closing summary
@@ -167,19 +192,16 @@ class _StageTrainer:
         self.skips_in_a_row = self.skips_in_a_row + 1 if self.skipped else 0
         if self.skipped:
             self._tell_skip(step, loss)
-        elif not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingStopped(f"{self.label}: step {step} has loss {loss} and gradient norm {grad_norm}; nothing of it was saved, the last "
-                                  f"good weights are in {self.args.output_dir}. Lower {self.section}.lr, now {self.args.learning_rate}, "
-                                  "or look at the data")
         figures = {"loss": loss, **self.figures(sums), **({"skipped_steps": 1} if self.skipped else {})}
         self.stage.log(self.offset + step, **figures, **self.fixed_figures, lr=logs["learning_rate"], grad_norm=grad_norm, seconds=seconds,
                        tokens_per_second=sums["tokens"] / seconds)
         self.bar.update(step, **figures, tokens_per_second=int(sums["tokens"] / seconds))
 
     def _clip_grad_norm(self, model):
-        """A step whose gradient is not finite leaves weights and optimizer as they are: without gradients AdamW does nothing (CANON A4)."""
+        """A step whose loss or gradient is not finite leaves weights and optimizer as they are: without gradients AdamW does nothing (CANON A4)."""
         norm = super()._clip_grad_norm(model)
-        self.skipped = not math.isfinite(norm)
+        loss = sum_over_processes(self.accelerator, self.sums["loss"].clone())
+        self.skipped = not (math.isfinite(norm) and math.isfinite(loss))
         if self.skipped:
             model.zero_grad(set_to_none=True)
         return norm
@@ -188,7 +210,7 @@ class _StageTrainer:
         """Says which prompts a step that was left out had. Raises TrainingStopped after several in a row."""
         size = len(self.train_dataset) // self.args.max_steps
         prompts = ", ".join(str(self.ids[i]) for i in self.train_dataset[(step - 1) * size : step * size]["row"]) if self.ids else "unknown"
-        told = f"the gradient of step {step} is not finite (loss {loss}); its prompts have the ids {prompts}"
+        told = f"loss ({loss}) or gradient of step {step} is not finite; its prompts have the ids {prompts}"
         if self.skips_in_a_row >= min(SKIPS_IN_A_ROW, self.args.max_steps):
             raise TrainingStopped(f"{self.label}: {told}. That makes {self.skips_in_a_row} such steps in a row; none of them changed the weights, "
                                   f"and the last checkpoint is in {self.args.output_dir}. Lower {self.section}.lr, now "
@@ -243,20 +265,20 @@ class DemonstrationTrainer(_StageTrainer, SFTTrainer):
             policy, args=_arguments(SFTConfig, recipe, run, folder, dataset_kwargs={"skip_prepare_dataset": True}),
             train_dataset=_ordered(_lengths(demonstrations, lambda pair: len(pair[0]) + len(pair[1])), recipe), processing_class=encoder.tokenizer,
             data_collator=_looked_up(demonstrations, collate))
-        _answer_rows(policy)
+        # TRL's fused head runs the output layer on prompts and padding too where there is no Triton: about 1.5 times the time of a step on CPUs
+        _teach(policy, "rows", lambda inner, rows: policy_pass(inner, rows, 1.0)[0])
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum over this microbatch's tokens of -log p over the count of the whole step. The gradients' mean over processes is undone."""
+    def loss_and_sums(self, model, inputs, num_items_in_batch):
+        """Sum over this microbatch's tokens of -log p over the count of the whole step."""
         batch = dict(inputs)
-        self.add_up(tokens=batch.pop("tokens"))
-        in_prompt_BC, rows = batch.pop("in_prompt_BC"), Rows(**batch)
+        tokens, in_prompt_BC = batch.pop("tokens"), batch.pop("in_prompt_BC")
+        rows = Rows(**batch)
         logprobs_BC = model(rows=rows)
         completion_tokens, prompt_tokens = num_items_in_batch
         loss = -torch.where(in_prompt_BC, 0.0, logprobs_BC).sum() / completion_tokens
         if self.lm_loss_weight:
             loss = loss - self.lm_loss_weight * torch.where(in_prompt_BC, logprobs_BC, 0.0).sum() / prompt_tokens.clamp(min=1)
-        self.add_up(loss=loss.detach())
-        return loss * self.accelerator.num_processes
+        return loss * self.accelerator.num_processes, {"tokens": tokens, "loss": loss.detach()}
 
     def _get_num_items_in_batch(self, batches, device):
         """[2]: completion tokens and prompt tokens of the optimizer step, all processes together."""
@@ -272,17 +294,21 @@ class RankingTrainer(_StageTrainer, RewardTrainer):
         lengths = _lengths(rankings, lambda row: row["length"])
         super().__init__(
             reward_model, args=_arguments(RewardConfig, recipe, run, folder), train_dataset=_ordered(lengths, recipe),
-            processing_class=encoder.tokenizer, data_collator=_looked_up(rankings, functools.partial(collate_rankings, pad_id=encoder.pad_id)))
+            processing_class=encoder.tokenizer, data_collator=_looked_up(rankings, _rankings_collator(reward_model, encoder.pad_id)))
+        _teach(reward_model, "shared", shared_rewards)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def loss_and_sums(self, model, inputs, num_items_in_batch):
         """Sum over this microbatch's prompts of their mean pair loss over the prompts of the whole step."""
-        rewards_N = model(input_ids=inputs["ids_NT"], attention_mask=inputs["mask_NT"].long()).logits[:, 0].float()
-        rewards_BK, ranks_BK = rewards_N[inputs["places_BK"]], inputs["ranks_BK"]
+        ranks_BK = inputs["ranks_BK"]
+        if "shared" in inputs:
+            rewards_BK = model(shared=inputs["shared"])
+        else:
+            rewards_BK = model(input_ids=inputs["ids_NT"], attention_mask=inputs["mask_NT"].long()).logits[:, 0].float()[inputs["places_BK"]]
         loss, _ = ranking_loss(rewards_BK, ranks_BK, inputs["margin_B"], self.ties)
         right, pairs, gap = pair_figures(rewards_BK.detach(), ranks_BK)
         loss = loss / num_items_in_batch
-        self.add_up(tokens=inputs["tokens"], right=right, pairs=pairs, gap=gap, loss=loss.detach())
-        return loss * self.accelerator.num_processes
+        sums = {"tokens": inputs["tokens"], "right": right, "pairs": pairs, "gap": gap, "loss": loss.detach()}
+        return loss * self.accelerator.num_processes, sums
 
     def figures(self, sums):
         pairs = max(sums["pairs"], 1.0)
@@ -317,16 +343,24 @@ def _collate_demonstrations(rows: list[tuple[list[int], list[int]]], pad_id: int
     return {**batch, "in_prompt_BC": in_prompt_BC, "tokens": sum(len(p) + len(c) for p, c in rows)}
 
 
-def _answer_rows(policy) -> None:
-    """Teaches `policy(rows=Rows)` to return our logprobs_BC, inside whatever wraps the model (autocast, DDP, FSDP).
+def _rankings_collator(reward_model, pad_id: int) -> Callable[[list[dict]], dict]:
+    """Prompts read once for all their answers wherever the model allows it and it saves time."""
+    inner = _unwrapped(reward_model)
+    shares, size = can_share(inner, pad_id), getattr(inner.config.get_text_config(), "hidden_size", 0)
+    return lambda rows: collate_shared(rows, pad_id) if shares and pays(rows, size) else collate_rankings(rows, pad_id)
 
-    TRL's fused head runs the output layer on prompts and padding too where there is no Triton: about 1.5 times the time of a step on CPUs.
-    """
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+def _unwrapped(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _teach(model, name: str, answer: Callable) -> None:
+    """Makes `model(name=x)` return answer(model, x), inside whatever wraps the model (autocast, DDP, FSDP)."""
+    inner = _unwrapped(model)
     plain = inner.forward
 
     @functools.wraps(plain)
-    def forward(*args, rows: Rows | None = None, **kwargs):
-        return plain(*args, **kwargs) if rows is None else policy_pass(inner, rows, 1.0)[0]
+    def forward(*args, **kwargs):
+        return answer(inner, kwargs[name]) if name in kwargs else plain(*args, **kwargs)
 
     inner.forward = forward

@@ -24,6 +24,7 @@ from rlhf.progress import Progress, say
 from rlhf.prompts import Prompt, load_prompts
 from rlhf.runs import open_stage
 from rlhf.sampling import draw_uniforms, sample
+from rlhf.workers import workers_for
 
 
 def main(config: Config, number: int | None = None) -> None:
@@ -60,13 +61,15 @@ def _answers(config: Config, accelerator, model, encoder, prompts: list[Prompt],
     """K sampled answers to each prompt, in the order of `prompts`, on every process; batches that a stopped run left in `kept` are read."""
     k, chunk = config.collect.k, max(1, config.collect.batch_size // config.collect.k)
     answers = [row["answers"] for batch in sorted(kept.glob("*.jsonl")) for row in read_jsonl(batch)]
+    workers = workers_for(accelerator, model)
     with Progress("collect", len(prompts), len(answers)) as bar:
         for start_at in range(len(answers), len(prompts), chunk):
             rows = [p.ids for p in prompts[start_at : start_at + chunk] for _ in range(k)]
             uniforms_BC = draw_uniforms(len(rows), config.data.max_completion_tokens, config.seed, 2, number, side, start_at)
             places = share(accelerator, list(range(len(rows))))
             with accelerator.autocast():
-                ids = sample(model, [rows[i] for i in places], uniforms_BC[places], encoder, config.collect.temperature, max(1, len(places)))
+                ids = sample(model, [rows[i] for i in places], uniforms_BC[places], encoder, config.collect.temperature, max(1, len(places)),
+                             workers)
             texts = gather_rows(accelerator, [encoder.decode(c) for c in ids])
             batch = [texts[i : i + k] for i in range(0, len(texts), k)]
             if accelerator.is_main_process:

@@ -28,6 +28,7 @@ from rlhf.report import write_report
 from rlhf.runs import open_stage, source_commit, versions
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableJudge, Scorer, load_scorer, member_folders
+from rlhf.workers import workers_for
 
 BEST_OF = re.compile(r"best_of_(\d+)")
 
@@ -106,11 +107,11 @@ def _source(config: Config, name: str) -> str:
 def _answers(config, accelerator, policy, sft, encoder, proxy: Scorer, prompts: list[Prompt], n: int, place: int) -> list[dict]:
     """An answer to each prompt: ids, text, proxy score, KL to SFT; of n samples the one with the highest proxy score."""
     mine, kept = my_share(accelerator, prompts), []
-    size = config.compare.batch_size
+    size, workers = config.compare.batch_size, workers_for(accelerator, policy)
     for draw in range(n):
         uniforms_BC = my_share(accelerator, draw_uniforms(len(prompts), config.data.max_completion_tokens, config.seed, 3, place, draw))
         with accelerator.autocast():
-            completions = sample(policy, [p.ids for p in mine], uniforms_BC, encoder, config.compare.temperature, size)
+            completions = sample(policy, [p.ids for p in mine], uniforms_BC, encoder, config.compare.temperature, size, workers)
             scores = proxy([p.messages for p in mine], completions, encoder).tolist()
         for i, (completion, score) in enumerate(zip(completions, scores, strict=True)):
             if draw == 0:
@@ -147,7 +148,7 @@ def _in_context(config: Config, accelerator, policy, encoder, tasks: list, shots
     uniforms_BC = my_share(accelerator, draw_uniforms(len(tasks), config.data.max_completion_tokens, config.seed, 6))
     with accelerator.autocast():
         grades = in_context_scores(policy, my_share(accelerator, tasks), shots, encoder, uniforms_BC, config.compare.temperature,
-                                   config.compare.batch_size)
+                                   config.compare.batch_size, workers_for(accelerator, policy))
     return gather_rows(accelerator, grades)
 
 

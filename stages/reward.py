@@ -31,6 +31,7 @@ from rlhf.runs import Stage, file_digest, open_stage
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import RewardModelScorer, check_length, member_folders, raw_scores
 from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoint
+from rlhf.workers import workers_for
 
 JUDGE_SEED = 7777  # added to the seed of the members
 WORD_PAIRS = 5000  # training pairs that the bag of words learns from
@@ -58,7 +59,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     folders = member_folders(stage.folder, len(seeds))
     steps = count_steps(len(train), settings.batch_size, settings.epochs)
     answers = train.items_in("completions")
-    longest = max(int(rows.lengths.max()) for rows in (train, held_out) if len(rows))
+    longest = max(max(rows.table["longest"]) for rows in (train, held_out) if len(rows))
     say(f"{stage.name}: {describe(accelerator)}; starts from {source}" + (f"; {len(seeds)} members" if len(seeds) > 1 else ""))
     say(f"{stage.name}: {settings.epochs:g} x {len(train):,} prompts / {settings.batch_size} = {steps:,} steps; "
         f"{answers / len(train):.1f} answers a prompt, each through the model once")
@@ -133,8 +134,9 @@ def _sft_samples(config: Config, sft: str, accelerator) -> tuple[list, list, Enc
     prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)[: config.reward.normalise_prompts]
     policy = load_policy(sft, encoder, attention_kernel(config.model.attention, accelerator.device), config.model.trust_remote_code)
     uniforms_BC = draw_uniforms(len(prompts), config.data.max_completion_tokens, config.seed, 5)
+    workers = workers_for(accelerator, policy)
     with accelerator.autocast():
-        completions = sample(policy.to(accelerator.device).eval(), [p.ids for p in prompts], uniforms_BC, encoder, 1.0, 256)
+        completions = sample(policy.to(accelerator.device).eval(), [p.ids for p in prompts], uniforms_BC, encoder, 1.0, 256, workers)
     ended = [i for i, ids in enumerate(completions) if encoder.ended(ids)]
     picked = ended if len(ended) > 1 else range(len(prompts))
     return [prompts[i].messages for i in picked], [completions[i] for i in picked], encoder

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.models import add_lora
 from rlhf.sampling import _draw, draw_uniforms, sample
+from rlhf.workers import Workers
 from tests.helpers import llama, nano, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -70,6 +71,25 @@ def test_B2_completions_do_not_depend_on_who_else_is_in_the_batch(batch_size, at
     assert len({len(c) for c in together}) > 3  # the rows did end at different places
 
 
+@pytest.mark.parametrize("name", ["gpt2 that ends", "llama"])
+def test_workers_sample_what_one_thread_samples(name):
+    policy, uniforms = POLICIES[name]().eval(), draw_uniforms(len(PROMPTS), 12, 5)
+    alone = sample(policy, PROMPTS, uniforms, ENCODER, 1.0, 5)
+    for _ in range(3):
+        assert sample(policy, PROMPTS, uniforms, ENCODER, 1.0, 5, Workers(2)) == alone
+
+
+def test_several_answers_to_a_prompt_read_it_once_and_are_those_of_prompts_read_alone():
+    policy, read = likely_to_end(nano(ENCODER)).eval(), []
+    policy.register_forward_pre_hook(lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    prompts = [PROMPTS[i] for i in (3, 0, 3, 7, 0, 3)]
+    uniforms = draw_uniforms(6, 12, 5)
+    together = sample(policy, prompts, uniforms, ENCODER, 1.0, 6)
+    assert read[0] == (3, max(map(len, prompts))) and all(shape[1] == 1 for shape in read[1:]) and read[1][0] == 6
+    assert together == [sample(policy, [p], uniforms[i : i + 1], ENCODER, 1.0, 1)[0] for i, p in enumerate(prompts)]
+    assert together[0] != together[2], "the same prompt with other random numbers"
+
+
 def test_S2_completions_stop_at_their_first_eos_or_at_the_limit():
     policy = likely_to_end(nano(ENCODER)).eval()
     completions = sample(policy, PROMPTS * 4, draw_uniforms(48, 9, 7), ENCODER, 1.0, 48)
@@ -123,15 +143,16 @@ class CountsCasts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("model", "expected"), [
-    (llama, "sdpa"), (nano, "eager"), (lambda encoder: add_lora(llama(encoder), 2, 4, "CAUSAL_LM"), "sdpa")])
-def test_heads_that_share_keys_are_sampled_from_with_sdpa_and_trained_with_eager_attention(model, expected):
+@pytest.mark.parametrize("model", [llama, nano, lambda encoder: add_lora(llama(encoder), 2, 4, "CAUSAL_LM")])
+@pytest.mark.parametrize("fused", [True, False])
+def test_models_that_have_it_are_sampled_from_with_sdpa_and_trained_with_eager_attention(model, fused, monkeypatch):
     policy, seen = model(ENCODER).eval(), []
     inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     inner.set_attn_implementation("eager")
     inner.base_model.register_forward_pre_hook(lambda *_: seen.append(inner.config._attn_implementation))
+    monkeypatch.setattr(type(inner), "_supports_sdpa", fused)
     sample(policy, PROMPTS[:2], draw_uniforms(2, 3, 0), ENCODER, 1.0, 2)
-    assert set(seen) == {expected} and inner.config._attn_implementation == "eager"
+    assert set(seen) == {"sdpa" if fused else "eager"} and inner.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "lora", "llama"])

@@ -32,6 +32,7 @@ from rlhf.rankings import (
 from rlhf.runs import file_digest
 from rlhf.scoring import raw_scores
 from rlhf.trl_trainers import DemonstrationTrainer, RankingTrainer, Recipe, count_steps, last_checkpoint, length_grouped_order
+from rlhf.workers import Workers
 from stages import reward, sft
 
 THINGS = ["red", "blue", "green", "gold", "grey", "pink"]
@@ -187,7 +188,7 @@ def test_encode_rankings_leaves_out_and_counts():
     kept, dropped = encode_rankings(rows, Words(), 3, 4, "drop")
     assert dropped == 3, "prompt too long; all tied; one answer left"
     assert kept[0] == {"prompt": [1, 1], "completions": [[2, 9], [2, 2, 9]], "ranks": [2, 1], "margin": 0.0, "gold": [0.1, 0.2], "id": None,
-                       "length": 5}
+                       "longest": 5, "length": 7}
     assert kept[1]["margin"] == 0.5 and kept[1]["gold"] is None
     assert encode_rankings(rows, Words(), 3, 4, "half")[1] == 2, "a tie is a pair when it counts half"
 
@@ -381,6 +382,13 @@ def test_P4_microbatches_change_nothing_but_rounding(start, tmp_path, kind):
         _same_but_for_rounding(found, whole)
 
 
+@pytest.mark.parametrize("kind", ["sft", "sft with prompts", "reward"])
+def test_P4_workers_change_nothing_but_rounding(start, tmp_path, monkeypatch, kind):
+    alone = _gradients(_two_steps(start, tmp_path / "alone", kind, 4))
+    monkeypatch.setattr(trl_trainers, "workers_for", lambda accelerator, model: Workers(3))  # a microbatch of 4: two rows, one, one
+    _same_but_for_rounding(_gradients(_two_steps(start, tmp_path / "three", kind, 4)), alone)
+
+
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_P4_memory_that_runs_out_halves_the_microbatches_and_changes_nothing_but_rounding(start, tmp_path, monkeypatch, capsys, kind):
     trainers = {size: _two_steps(start, tmp_path / str(size), kind, size) for size in (8, 4)}
@@ -439,14 +447,25 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(start, tmp_path):
         DemonstrationTrainer(policy, rows, encoder, Recipe("sft", 1, 10, 4, 1e-4, "linear", 3, "no"), _config(tmp_path).run, tmp_path)
 
 
-def test_A4_a_loss_that_is_no_number_stops_the_stage(run, monkeypatch):
-    def planted(policy, rows, temperature):
-        return (torch.full(rows.mask_BC.shape, float("nan"), requires_grad=True),)
+def test_A4_a_loss_that_is_no_number_is_left_out_even_where_its_gradient_is_one(start, tmp_path, monkeypatch, capsys):
+    trainer, weights, log = _two_steps(start, tmp_path, "sft", 8), [], _Log()
+    plain, plain_log = trainer.loss_and_sums, trainer.log
 
-    monkeypatch.setattr(trl_trainers, "policy_pass", planted)
-    with pytest.raises(TrainingStopped, match="step 1 has loss nan"):
-        sft.main(_config(run))
-    assert not (run / "sft" / "model").exists() and not (run / "sft" / "DONE").exists()
+    def second_is_no_number(model, inputs, num_items_in_batch):
+        loss, sums = plain(model, inputs, num_items_in_batch)
+        return loss, {**sums, "loss": sums["loss"] * (math.nan if weights else 1.0)}
+
+    def remember(logs, start_time=None):
+        weights.append(torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()]))
+        plain_log(logs, start_time)
+
+    monkeypatch.setattr(trainer, "loss_and_sums", second_is_no_number)
+    monkeypatch.setattr(trainer, "log", remember)
+    weights_before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+    trainer.follow(log, 1, "test")
+    trainer.run()
+    assert [line.get("skipped_steps", 0) for line in log.lines] == [0, 1] and "loss (nan) or gradient of step 2" in capsys.readouterr().out
+    assert not torch.equal(weights[0], weights_before) and torch.equal(weights[1], weights[0])
 
 
 def test_only_expected_messages_of_the_loader_are_dropped():
@@ -567,7 +586,7 @@ def test_R5_normalisation_travels_in_the_config_and_the_folder_is_plain(rewarded
 
 
 class _PlainAccelerator:
-    device = torch.device("cpu")
+    device, num_processes = torch.device("cpu"), 1
 
     def autocast(self):
         return torch.autocast("cpu", enabled=False)

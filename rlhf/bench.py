@@ -34,6 +34,7 @@ from rlhf.learner import Learner
 from rlhf.masking import left_pad, left_pad_mask
 from rlhf.models import load_encoder, parameter_count
 from rlhf.paths import PACKAGE
+from rlhf.progress import say
 from rlhf.prompts import Prompt, load_prompts, prompts_of_step
 from rlhf.runs import parent_digests, replace_section
 from rlhf.sampling import draw_uniforms, sample
@@ -118,6 +119,8 @@ def measure(config: Config, steps: int, peer_folder: Path | None = None) -> dict
         for step, rows in enumerate(batches):
             peers += [peer.step()] if peer is not None else []
             ours.append(timed_step(learner, rows, step))
+            say(f"bench: step {step} of {steps}: {ours[-1]['seconds']:.2f} s" + (f", TRL's {peers[-1]['seconds']:.2f} s" if peers else "")
+                + ("" if step else " (left out)"))
         memory = peak_memory_mb()
     figures = summary(learner, ours[1:]) | {"peak_memory_mb": memory, "sampling": sampling(learner, batches[-1])}
     return figures | (against(peers[1:], figures) if peers else {})

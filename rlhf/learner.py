@@ -12,7 +12,7 @@ from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import TrainingStopped
 from rlhf.memory import Microbatch
-from rlhf.models import add_lora, attention_kernel, load_policy
+from rlhf.models import add_lora, attention_kernel, compile_blocks, load_policy
 from rlhf.passes import PolicyAndValue
 from rlhf.ppo import UpdateSettings, update
 from rlhf.prompts import Prompt
@@ -37,6 +37,9 @@ class Learner:
         self.policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
         self.scorer, reward_folders = scorer_of(config, Path(config.run.dir) / within, attention, device)
         value_model = new_value_model(settings.value_model, self.policy, encoder, reward_folders, sft, attention, config.model)
+        for part in (self.policy, ref_policy, value_model.trunk):
+            if part is not None:
+                compile_blocks(part, config.model.compile)
         model = PolicyAndValue(self.policy, value_model)
         self.model, self.optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr))
         # Adapters are switched off for all threads at once

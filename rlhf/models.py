@@ -3,6 +3,8 @@
 Everything is loaded in fp32 (the master weights) with dropout off (CANON B4); precision of the passes is accelerate's business.
 """
 
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from transformers import (
 
 from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Encoder
 from rlhf.errors import InputError
+from rlhf.progress import say
 from rlhf.rankings import fp32_head
 
 # DEPARTS: B1's 1024 positions do not come with the size gpt2; model.context sets them (256), because rows here are short (GPT-2, section 2.3)
@@ -31,6 +34,8 @@ SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabul
     "mini": (6, 384, 6),
     "gpt2": (12, 768, 12),
 }
+GRAPHS = 64  # of one block, in all modes together (with and without gradients, adapters on and off); torch gives up after 8
+COMPILE = {"dynamic": True}
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout",
             "attention_probs_dropout_prob", "summary_first_dropout", "classifier_dropout", "cls_dropout", "pooler_dropout", "activation_dropout",
             "embedding_dropout", "mlp_dropout")
@@ -126,6 +131,26 @@ def add_lora(model, rank: int, alpha: int, task: str):
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task))
+
+
+def compile_blocks(model, wanted: bool) -> None:
+    """Puts a model's repeated blocks through torch.compile, in place: names and files of the weights stay as they are.
+
+    One graph serves all blocks and, its sizes left open, all shapes of batches; a whole model would be compiled anew for each of them. Results
+    change in rounding. Without a C++ compiler nothing is done, and said so.
+    """
+    if not wanted:
+        return
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        say("model.compile: found no C++ compiler (g++, or what the environment variable CXX names); training goes on without it")
+        return
+    import torch._dynamo  # takes a second or two
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for block in inner.modules():
+        if type(block).__name__ in (getattr(inner, "_no_split_modules", None) or ()):
+            block.compile(**COMPILE)
 
 
 def longest_row(model) -> int | None:

@@ -7,6 +7,7 @@ is batched with, nor on how many processes share the work. top_k and top_p do no
 import contextlib
 import functools
 import hashlib
+import sys
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -78,7 +79,7 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
             return _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
 
     completions: list[list[int]] = [[] for _ in prompts]
-    with _cast_once(policy), _attention_for_sampling(policy):
+    with _cast_once(policy), _attention_for_sampling(policy), _as_written():
         for rows, sampled in zip(parts, workers.map(completions_of, parts), strict=True):
             for i, ids in zip(rows, sampled, strict=True):
                 completions[i] = ids
@@ -117,6 +118,11 @@ def _attention_for_sampling(policy):
         yield
     finally:
         model.set_attn_implementation("eager")
+
+
+def _as_written():
+    """Blocks that went through torch.compile run as they are written: a past that grows and batches that shrink would be compiled again and again."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[list[int]]:

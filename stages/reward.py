@@ -23,7 +23,7 @@ from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import replacing_folder, write_json
-from rlhf.models import add_lora, attention_kernel, load_encoder, load_policy, load_reward_model, parameter_count, save_model
+from rlhf.models import add_lora, attention_kernel, compile_blocks, load_encoder, load_policy, load_reward_model, parameter_count, save_model
 from rlhf.progress import say
 from rlhf.prompts import load_prompts
 from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation, with_flips
@@ -113,6 +113,7 @@ def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: E
         init_reward_head(reward_model, torch.Generator().manual_seed(seed))
     say(f"{stage.name}: {parameter_count(reward_model) / 1e6:.1f}M parameters, seed {seed}")
     reward_model = add_lora(reward_model, config.model.lora_rank, config.model.lora_alpha, "SEQ_CLS")
+    compile_blocks(reward_model, config.model.compile)
     recipe = Recipe("reward", steps, settings.batch_size, settings.microbatch, settings.lr, "linear", seed, precision(config.run.precision))
     trainer = RankingTrainer(reward_model, train, encoder, recipe, config.run, _checkpoints(stage, member), settings.ties)
     figures = {"member": member} if settings.members > 1 and stage.name == "reward" else {}

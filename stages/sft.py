@@ -22,7 +22,7 @@ from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.jsonl import replacing_folder
 from rlhf.losses import language_model_loss
-from rlhf.models import add_lora, attention_kernel, backbone, load_encoder, load_policy, parameter_count, save_model
+from rlhf.models import add_lora, attention_kernel, backbone, compile_blocks, load_encoder, load_policy, parameter_count, save_model
 from rlhf.passes import by_tokens, make_rows, policy_pass
 from rlhf.progress import say
 from rlhf.runs import open_stage
@@ -45,6 +45,7 @@ def main(config: Config) -> None:
     held_out = _demonstrations(run, "eval", encoder, config)
     policy = load_policy(source, encoder, attention, config.model.trust_remote_code)
     policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
+    compile_blocks(policy, config.model.compile)
 
     steps = count_steps(len(train), settings.batch_size, settings.epochs)
     say(f"sft: {describe(accelerator)}; {parameter_count(policy) / 1e6:.1f}M parameters from {source}")

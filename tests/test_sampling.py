@@ -79,7 +79,7 @@ def test_workers_sample_what_one_thread_samples(name):
         assert sample(policy, PROMPTS, uniforms, ENCODER, 1.0, 5, Workers(2)) == alone
 
 
-def test_several_answers_to_a_prompt_read_it_once_and_are_those_of_prompts_read_alone():
+def test_S2_several_answers_to_a_prompt_read_it_once_and_are_those_of_prompts_read_alone():
     policy, read = likely_to_end(nano(ENCODER)).eval(), []
     policy.register_forward_pre_hook(lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     prompts = [PROMPTS[i] for i in (3, 0, 3, 7, 0, 3)]

@@ -3,8 +3,10 @@
 Everything is loaded in fp32 (the master weights) with dropout off (CANON B4); precision of the passes is accelerate's business.
 """
 
+import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -151,6 +153,11 @@ def compile_blocks(model, wanted: bool) -> None:
     for block in inner.modules():
         if type(block).__name__ in (getattr(inner, "_no_split_modules", None) or ()):
             block.compile(**COMPILE)
+
+
+def as_written():
+    """A context in which blocks that were put through torch.compile run as they are written, and nothing is compiled."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def longest_row(model) -> int | None:

@@ -7,13 +7,13 @@ is batched with, nor on how many processes share the work. top_k and top_p do no
 import contextlib
 import functools
 import hashlib
-import sys
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf.encoding import Encoder
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
+from rlhf.models import as_written
 from rlhf.workers import ALONE, Workers
 
 WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
@@ -79,7 +79,7 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
             return _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
 
     completions: list[list[int]] = [[] for _ in prompts]
-    with _cast_once(policy), _attention_for_sampling(policy), _as_written():
+    with _cast_once(policy), _attention_for_sampling(policy), as_written():  # a past that grows would be compiled again and again
         for rows, sampled in zip(parts, workers.map(completions_of, parts), strict=True):
             for i, ids in zip(rows, sampled, strict=True):
                 completions[i] = ids
@@ -118,11 +118,6 @@ def _attention_for_sampling(policy):
         yield
     finally:
         model.set_attn_implementation("eager")
-
-
-def _as_written():
-    """Blocks that went through torch.compile run as they are written: a past that grows and batches that shrink would be compiled again and again."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[list[int]]:

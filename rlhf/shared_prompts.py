@@ -1,4 +1,4 @@
-"""A prompt with all its answers as one row that holds the prompt once: answers see the prompt and themselves, never each other.
+"""A prompt with all its answers as one row that holds the prompt once (CANON R4): answers see the prompt and themselves, never each other.
 
 A ranking of K answers then costs one prompt and K answers instead of K prompts and K answers, with the same scores: in a causal model what a
 prompt's tokens compute does not depend on what follows them. Such rows are longer, and attention grows with the square of their length: `pays`
@@ -12,6 +12,7 @@ import inspect
 import torch
 
 from rlhf.masking import WIDTH_STEP, right_pad, round_up
+from rlhf.models import as_written
 from rlhf.rankings import ranks_and_margins
 
 
@@ -79,8 +80,9 @@ def can_share(reward_model, pad_id: int) -> bool:
     shared = {name: part.to(reward_model.device) for name, part in collate_shared([row], pad_id)["shared"].items()}
     rows = [torch.tensor([row["prompt"] + c], device=reward_model.device) for c in row["completions"]]
     try:
-        together = shared_rewards(reward_model, shared)[0]
-        alone = [reward_model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T)).logits[0, 0] for ids_1T in rows]
+        with as_written():
+            together = shared_rewards(reward_model, shared)[0]
+            alone = [reward_model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T)).logits[0, 0] for ids_1T in rows]
     except Exception:  # architectures fail in many ways at masks or positions of another shape; training itself would not forgive them
         return False
     return torch.allclose(torch.stack(alone).float(), together, rtol=1e-3, atol=1e-3)

@@ -8,7 +8,9 @@ from rlhf.encoding import Encoder
 from rlhf.models import add_lora, compile_blocks, load_encoder, load_policy, save_model
 from rlhf.passes import make_rows, policy_pass
 from rlhf.sampling import draw_uniforms, sample
+from rlhf.shared_prompts import can_share
 from tests.helpers import llama, nano, some_prompts, tiny_encoder
+from tests.test_shared_prompts import MODELS, reward_model
 
 ENCODER: Encoder = tiny_encoder()
 PROMPTS = some_prompts(ENCODER, 8)
@@ -66,6 +68,12 @@ def test_sampling_compiles_nothing_and_a_saved_model_is_a_plain_one(graphs, tmp_
     save_model(policy, ENCODER, tmp_path)
     loaded = load_policy(str(tmp_path), load_encoder(str(tmp_path)), "eager")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), policy.parameters(), strict=True))
+
+
+def test_whether_a_prompt_can_be_shared_is_tried_without_compiling(graphs):
+    model = reward_model(MODELS["llama"])
+    compile_blocks(model, True)
+    assert can_share(model, 0) and not graphs
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(graphs, monkeypatch, capsys):

@@ -79,6 +79,15 @@ def test_workers_sample_what_one_thread_samples(name):
         assert sample(policy, PROMPTS, uniforms, ENCODER, 1.0, 5, Workers(2)) == alone
 
 
+def test_S2_completions_stop_at_their_first_eos_or_at_the_limit():
+    policy = likely_to_end(nano(ENCODER)).eval()
+    completions = sample(policy, PROMPTS * 4, draw_uniforms(48, 9, 7), ENCODER, 1.0, 48)
+    assert all(1 <= len(c) <= 9 for c in completions)
+    assert all(ENCODER.eos_id not in c[:-1] for c in completions)
+    assert all(c[-1] == ENCODER.eos_id for c in completions if len(c) < 9)
+    assert {ENCODER.ended(c) for c in completions} == {True, False}
+
+
 def test_S2_several_answers_to_a_prompt_read_it_once_and_are_those_of_prompts_read_alone():
     policy, read = likely_to_end(nano(ENCODER)).eval(), []
     policy.register_forward_pre_hook(lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
@@ -88,15 +97,6 @@ def test_S2_several_answers_to_a_prompt_read_it_once_and_are_those_of_prompts_re
     assert read[0] == (3, max(map(len, prompts))) and all(shape[1] == 1 for shape in read[1:]) and read[1][0] == 6
     assert together == [sample(policy, [p], uniforms[i : i + 1], ENCODER, 1.0, 1)[0] for i, p in enumerate(prompts)]
     assert together[0] != together[2], "the same prompt with other random numbers"
-
-
-def test_S2_completions_stop_at_their_first_eos_or_at_the_limit():
-    policy = likely_to_end(nano(ENCODER)).eval()
-    completions = sample(policy, PROMPTS * 4, draw_uniforms(48, 9, 7), ENCODER, 1.0, 48)
-    assert all(1 <= len(c) <= 9 for c in completions)
-    assert all(ENCODER.eos_id not in c[:-1] for c in completions)
-    assert all(c[-1] == ENCODER.eos_id for c in completions if len(c) < 9)
-    assert {ENCODER.ended(c) for c in completions} == {True, False}
 
 
 def test_S2_a_policy_that_only_says_eos_and_one_that_never_does():

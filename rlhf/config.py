@@ -42,7 +42,7 @@ class Model:
     context: int = setting(256, "positions of the small GPT, tokens")
     attention: str = setting("auto", "attention kernel of transformers; auto: sdpa on accelerators, eager on CPUs (measured faster for short rows)")
     compile: bool = setting(False, "training passes by torch.compile: after a minute or two a stage, those of a model of 100M parameters take two "
-                            "thirds of the time on CPUs; needs a C++ compiler")
+                            "thirds of the time on CPUs; needs a C++ compiler; a resumed run may differ in rounding")
     lora_rank: int = setting(0, "rank of LoRA adapters in sft, reward and ppo; 0: all weights are trained")
     lora_alpha: int = setting(16, "scale of the LoRA update, divided by the rank")
     trust_remote_code: bool = setting(False, "run Python code that comes with model.init; only for code you have read")

@@ -60,7 +60,7 @@ def test_E6_grades_are_those_of_the_world(monkeypatch, tiny_encoder):
     """The sampler is replaced by one that answers every other task well: what is graded is the answer to the task's own prompt."""
     asked = []
 
-    def well_every_second(policy, prompts, uniforms_BC, encoder, temperature, batch_size):
+    def well_every_second(policy, prompts, uniforms_BC, encoder, temperature, batch_size, workers):
         asked.append(prompts)
         good = [world.parse(t.prompt).family.good(world.parse(t.prompt).args, random.Random(1)) for t in TASKS]
         return [encoder.completion_ids(text if i % 2 else "seven purple") for i, text in enumerate(good)]

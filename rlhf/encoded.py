@@ -55,6 +55,10 @@ class EncodedRows(Sequence):
         columns = self.table[place]
         return [self._shape(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
+    def largest(self, column: str) -> int:
+        """The largest number of a column; 0 without rows."""
+        return pyarrow.compute.max(self.table.data.column(column)).as_py() or 0
+
     def items_in(self, column: str) -> int:
         """Items of all lists of a column together."""
         return pyarrow.compute.sum(pyarrow.compute.list_value_length(self.table.data.column(column))).as_py() or 0

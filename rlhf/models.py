@@ -135,6 +135,11 @@ def add_lora(model, rank: int, alpha: int, task: str):
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task))
 
 
+def unwrapped(model):
+    """The model under LoRA's wrapper, its adapters inside; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def compile_blocks(model, wanted: bool) -> None:
     """Puts a model's repeated blocks through torch.compile, in place: names and files of the weights stay as they are.
 
@@ -149,7 +154,7 @@ def compile_blocks(model, wanted: bool) -> None:
     import torch._dynamo  # takes a second or two
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     for block in inner.modules():
         if type(block).__name__ in (getattr(inner, "_no_split_modules", None) or ()):
             block.compile(**COMPILE)

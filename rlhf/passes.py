@@ -13,6 +13,7 @@ from torch import nn
 
 from rlhf.logprobs import output_logprobs, token_logprobs
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
+from rlhf.models import unwrapped
 
 PICKED_STEP = 256  # see WIDTH_STEP in rlhf/masking.py
 ROWS_STEP = 16
@@ -54,7 +55,7 @@ def make_rows(prompts: list[list[int]], completions: list[list[int]], pad_id: in
 
 def policy_pass(policy, rows: Rows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logprobs_BC, entropy_BC, hidden_BTD): fp32 nats of the completion tokens, 0 on padding, and the trunk's last hidden states."""
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    inner = unwrapped(policy)
     count, output_layer = len(rows.targets_N), inner.get_output_embeddings()
     if getattr(output_layer, "bias", None) is not None or any(getattr(inner.config, name, None) for name in SCALES_LOGITS):
         output = inner(input_ids=rows.ids_BT, use_cache=False, output_hidden_states=True)

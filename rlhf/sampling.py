@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf.encoding import Encoder
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
-from rlhf.models import as_written
+from rlhf.models import as_written, unwrapped
 from rlhf.workers import ALONE, Workers
 
 WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
@@ -109,7 +109,7 @@ def _cast_once(policy):
 def _attention_for_sampling(policy):
     """sdpa in place of eager attention, where a model has it: a token of SmolLM2 takes 0.4 times as long, one of the quickstart's model 0.75
     times (configs/EXPERIMENTS.md). Training passes stay eager, whose backward pass is the faster one on CPUs."""
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    model = unwrapped(policy)
     if not (model.config._attn_implementation == "eager" and model._supports_sdpa):
         yield
         return

@@ -19,8 +19,8 @@ from rlhf.rankings import ranks_and_margins
 def pays(rows: list[dict], hidden_size: int) -> bool:
     """Whether one row a prompt costs less than one row an answer.
 
-    A padded token costs as much as it has inputs to its linear layers, and attention as its row is wide: hidden_size / 2 + width
-    (configs/EXPERIMENTS.md).
+    A padded token's cost is taken as hidden_size / 2 + width of its row, linear layers and attention: an estimate that fits what was timed
+    (configs/EXPERIMENTS.md, "A PPO step timed").
     """
     def cost(lengths: list[int]) -> int:
         width = round_up(max(lengths), WIDTH_STEP)

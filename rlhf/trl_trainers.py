@@ -26,6 +26,7 @@ from rlhf.errors import SKIPS_IN_A_ROW, InputError, TrainingStopped
 from rlhf.losses import ranking_loss
 from rlhf.masking import length_mask
 from rlhf.memory import Microbatch
+from rlhf.models import unwrapped
 from rlhf.passes import Rows, make_rows, policy_pass
 from rlhf.progress import Progress, say
 from rlhf.rankings import collate_rankings, pair_figures
@@ -345,18 +346,14 @@ def _collate_demonstrations(rows: list[tuple[list[int], list[int]]], pad_id: int
 
 def _rankings_collator(reward_model, pad_id: int) -> Callable[[list[dict]], dict]:
     """Prompts read once for all their answers wherever the model allows it and it saves time."""
-    inner = _unwrapped(reward_model)
+    inner = unwrapped(reward_model)
     shares, size = can_share(inner, pad_id), getattr(inner.config.get_text_config(), "hidden_size", 0)
     return lambda rows: collate_shared(rows, pad_id) if shares and pays(rows, size) else collate_rankings(rows, pad_id)
 
 
-def _unwrapped(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _teach(model, name: str, answer: Callable) -> None:
     """Makes `model(name=x)` return answer(model, x), inside whatever wraps the model (autocast, DDP, FSDP)."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     plain = inner.forward
 
     @functools.wraps(plain)

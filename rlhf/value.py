@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rlhf.encoding import Encoder
-from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model
+from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model, unwrapped
 from rlhf.optimizers import new_optimizer
 from rlhf.passes import PolicyAndValue, ValueModel
 
@@ -35,7 +35,7 @@ def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float) -> torch.op
 
 
 def _trunk(model) -> nn.Module:
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    return unwrapped(model).base_model
 
 
 def _zero_head(width: int) -> nn.Linear:

@@ -59,7 +59,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     folders = member_folders(stage.folder, len(seeds))
     steps = count_steps(len(train), settings.batch_size, settings.epochs)
     answers = train.items_in("completions")
-    longest = max(max(rows.table["longest"]) for rows in (train, held_out) if len(rows))
+    longest = max(rows.largest("longest") for rows in (train, held_out))
     say(f"{stage.name}: {describe(accelerator)}; starts from {source}" + (f"; {len(seeds)} members" if len(seeds) > 1 else ""))
     say(f"{stage.name}: {settings.epochs:g} x {len(train):,} prompts / {settings.batch_size} = {steps:,} steps; "
         f"{answers / len(train):.1f} answers a prompt, each through the model once")

@@ -83,7 +83,7 @@ def test_it_pays_for_long_prompts_and_not_for_long_answers():
 def test_models_that_cannot_are_found_out():
     assert all(can_share(reward_model(MODELS[kind], attention), 0) for kind in MODELS for attention in ("eager", "sdpa"))
     bert = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=1)
-    assert not can_share(reward_model(bert).eval(), 0), "it looks ahead, and pools its first token"
+    assert not can_share(reward_model(bert).eval(), 0), "its head reads its first token, not the last one"
     assert not can_share(reward_model(MistralConfig(**LLAMA, sliding_window=4)), 0), "far tokens would come into sight"
     deaf = reward_model(MODELS["llama"])
     plain = deaf.base_model.forward

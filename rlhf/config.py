@@ -122,10 +122,14 @@ class Ppo:
     epochs: int = setting(1, "passes over each rollout")
     microbatch_tokens: int = setting(8192, "tokens in memory at once in training passes, per process")
     lr: float = setting(2e-4, "peak learning rate of the policy, linear to 0 over the run")
+    last_norm_lr: float | None = setting(None, "peak learning rate of the gain of the policy's last norm, which says how sure the policy is; null: "
+                                         "ppo.lr; no matter with LoRA, which leaves it alone")
     value_lr: float = setting(3e-4, "peak learning rate of the value model, linear to 0")
     warmup_rollouts: int = setting(2, "rollouts in which only the value model learns")
     # DEPARTS: P7's fixed price is 0.05; at 0.1 a weaker base's PPO over-optimised, and today's gains nothing by it (configs/EXPERIMENTS.md)
     kl_coef: float = setting(0.15, "price of one nat of KL to the SFT policy, in units of the normalised score")
+    likelihood_coef: float = setting(0.0, "added to the reward for each nat of a completion's log-probability under the SFT policy: it makes the "
+                                     "policy surer of what SFT finds likely; 0: the score and KL alone")
     kl_target: float | None = setting(None, "nats per completion; set: the KL coefficient adapts to it (horizon kl_horizon)")
     kl_horizon: int = setting(10_000, "completions, time constant of the adaptive KL coefficient")
     gamma: float = setting(1.0, "discount")
@@ -336,14 +340,14 @@ POSITIVE = (
     "sft.epochs", "sft.batch_size", "sft.microbatch", "sft.lr",
     "collect.prompts", "collect.eval_prompts", "collect.batch_size", "reward.epochs", "reward.batch_size", "reward.microbatch", "reward.lr",
     "reward.normalise_prompts", "ppo.rollouts", "ppo.batch_size", "ppo.minibatches", "ppo.epochs", "ppo.microbatch_tokens", "ppo.lr",
-    "ppo.value_lr", "ppo.eval_every", "ppo.save_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts", "compare.batch_size",
-    "run.save_every", "run.keep_checkpoints", "ppo.clip", "ppo.value_clip", "ppo.max_grad_norm", "ppo.kl_target", "ppo.target_kl",
-    "pipeline.early_rollouts", "compare.shot_tasks",
+    "ppo.last_norm_lr", "ppo.value_lr", "ppo.eval_every", "ppo.save_every", "ppo.eval_prompts", "ppo.kl_horizon", "compare.prompts",
+    "compare.batch_size", "run.save_every", "run.keep_checkpoints", "ppo.clip", "ppo.value_clip", "ppo.max_grad_norm", "ppo.kl_target",
+    "ppo.target_kl", "pipeline.early_rollouts", "compare.shot_tasks",
 )
 MOST_SHOTS = 16  # the smallest families of the world have few more arguments
 NOT_NEGATIVE = (
     "run.threads", "model.lora_rank", "world.documents", "world.demonstrations", "world.prompts", "world.test_prompts", "pretrain.weight_decay",
-    "sft.lm_loss_weight", "ppo.warmup_rollouts", "ppo.kl_coef", "ppo.value_coef", "ppo.ptx_coef", "ppo.uncertainty_coef",
+    "sft.lm_loss_weight", "ppo.warmup_rollouts", "ppo.kl_coef", "ppo.likelihood_coef", "ppo.value_coef", "ppo.ptx_coef", "ppo.uncertainty_coef",
 )
 
 

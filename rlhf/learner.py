@@ -41,7 +41,7 @@ class Learner:
             if part is not None:
                 compile_blocks(part, config.model.compile)
         model = PolicyAndValue(self.policy, value_model)
-        self.model, self.optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr))
+        self.model, self.optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr, settings.last_norm_lr))
         # Adapters are switched off for all threads at once
         self.workers = ALONE if config.model.lora_rank else workers_for(accelerator, self.model)
         self.ref_logprobs = reference(ref_policy, self.policy, settings.temperature, accelerator.autocast)
@@ -65,7 +65,7 @@ class Learner:
                 self.model, self.ref_logprobs, pairs, encoder.pad_id, settings.temperature, budget, accelerator.device, self.workers),
                 longest, accelerator.num_processes)
         rollout = make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, kl_coef, settings.gamma, settings.lam,
-                               settings.whiten_rewards)
+                               settings.whiten_rewards, settings.likelihood_coef)
         check_finite(rollout.scores_B, rows)  # all rows on every process: they stop together
         return rollout
 

@@ -172,6 +172,14 @@ def longest_row(model) -> int | None:
     return min((t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables), default=None)
 
 
+def last_norm_gain(model) -> nn.Parameter | None:
+    """The gain [D] of the norm between a causal LM's last block and its output layer; None where there is none."""
+    trunk = unwrapped(model).base_model
+    blocks = {id(p) for m in trunk.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
+    gains = [p for name, p in trunk.named_parameters() if p.ndim == 1 and name.endswith("weight") and id(p) not in blocks]
+    return gains[-1] if gains else None
+
+
 def parameter_count(model) -> int:
     """Weights of a model, tied ones once."""
     return sum(p.numel() for p in model.parameters())

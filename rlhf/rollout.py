@@ -55,7 +55,8 @@ class Rollout:
         k3_BC = torch.where(self.mask_BC, k3(self.old_logprobs_BC, self.ref_logprobs_BC), 0.0)
         return {
             "score_mean": self.scores_B.mean().item(), "score_std": self.scores_B.std(unbiased=False).item(), "kl": kl_BC.sum(1).mean().item(),
-            "kl_k3": k3_BC.sum(1).mean().item(), "entropy": masked_mean(self.entropy_BC, self.mask_BC).item(), "length_mean": lengths.mean().item(),
+            "kl_k3": k3_BC.sum(1).mean().item(), "likelihood": self.ref_logprobs_BC.sum(1).mean().item(),
+            "entropy": masked_mean(self.entropy_BC, self.mask_BC).item(), "length_mean": lengths.mean().item(),
             "eos_rate": sum(map(encoder.ended, self.completions)) / len(self.completions), "return_mean": returns.mean().item(),
             "explained_variance": 1.0 - (residual.var(unbiased=False) / returns.var(unbiased=False).clamp(min=1e-8)).item(),
         }
@@ -83,13 +84,13 @@ def evaluate_tokens(model, ref_logprobs, rows: list[tuple[list[int], list[int]]]
 
 
 def make_rollout(accelerator, prompts, completions, scores_B, tokens: list[tuple], kl_coef: float, gamma: float, lam: float,
-                 whiten_rewards: bool) -> Rollout:
+                 whiten_rewards: bool, likelihood_coef: float = 0.0) -> Rollout:
     """This process's rows with everybody else's as one Rollout: rewards, advantages and returns included."""
     prompts, completions, tokens = (gather_rows(accelerator, rows) for rows in (prompts, completions, tokens))
     scores_B = torch.tensor(gather_rows(accelerator, scores_B.tolist()))
     mask_BC = length_mask([len(c) for c in completions])
     old_BC, ref_BC, entropy_BC, values_BC = (pad_columns([row[i] for row in tokens]) for i in range(4))
-    rewards_BC = token_rewards(scores_B, old_BC, ref_BC, mask_BC, kl_coef)
+    rewards_BC = token_rewards(scores_B, old_BC, ref_BC, mask_BC, kl_coef, likelihood_coef)
     if whiten_rewards:
         rewards_BC = whiten(rewards_BC, mask_BC, moments(rewards_BC, mask_BC), shift_mean=False)
     advantages_BC, returns_BC = gae(rewards_BC, values_BC, mask_BC, gamma, lam)

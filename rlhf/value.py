@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rlhf.encoding import Encoder
-from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model, unwrapped
+from rlhf.models import add_lora, last_norm_gain, load_encoder, load_policy, load_reward_model, unwrapped
 from rlhf.optimizers import new_optimizer
 from rlhf.passes import PolicyAndValue, ValueModel
 
@@ -26,10 +26,18 @@ def new_value_model(kind: str, policy, encoder: Encoder, reward_folders: list[Pa
     return ValueModel(_trunk(add_lora(load_policy(str(sft), encoder, attention, trust), *lora, "CAUSAL_LM")), _zero_head(width))
 
 
-def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float) -> torch.optim.AdamW:
-    """AdamW (eps 1e-5, CANON P5) with a learning rate for each network; `set_lr` scales both."""
+def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float, last_norm_lr: float | None = None) -> torch.optim.AdamW:
+    """AdamW (eps 1e-5, CANON P5) with a learning rate for each network; `set_lr` scales all of them.
+
+    `last_norm_lr`: one for the gain of the policy's last norm. That gain says how sure the policy is, as a temperature does, and stands near 1:
+    at a rate for weights of 0.02 it hardly moves (configs/EXPERIMENTS.md).
+    """
     optimizer = new_optimizer(model.policy, lr, eps=1e-5, betas=(0.9, 0.999))
     policy_lr = [{**g, "lr_scale": lr} for g in optimizer.param_groups]
+    gain = last_norm_gain(model.policy) if last_norm_lr is not None else None
+    if gain is not None and gain.requires_grad:
+        policy_lr = [{**g, "params": [p for p in g["params"] if p is not gain]} for g in policy_lr]
+        policy_lr.append({**policy_lr[-1], "params": [gain], "lr_scale": last_norm_lr})
     trunk = [{**g, "lr_scale": value_lr} for g in new_optimizer(model.value_model, value_lr, eps=1e-5, betas=(0.9, 0.999)).param_groups]
     return torch.optim.AdamW(policy_lr + trunk, lr=lr, eps=1e-5, fused=True)
 

@@ -7,8 +7,8 @@ Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callabl
 ppo.ema_decay the model is the average, and RUN/ppo/model_last the last weights; where an evaluation on held-out prompts liked earlier weights
 better, those are in RUN/ppo/best (ppo.hand_over=best: as RUN/ppo/model).
 One step: sample completions; score them; old log-probabilities, reference log-probabilities and values in one pass over the rows; rewards
-= -kl_coef·KL per token + score at the end; advantages by GAE, whitened; a few epochs of clipped updates. What is random follows from
-(seed, step), so a resumed run goes on as if it had never stopped.
+= -kl_coef·KL per token (+ likelihood_coef·reference log-probability) + score at the end; advantages by GAE, whitened; a few epochs of
+clipped updates. What is random follows from (seed, step), so a resumed run goes on as if it had never stopped.
 Simplified on purpose: every process holds the whole rollout (ids and a few floats a token), which makes one process and many the same.
 """
 
@@ -76,7 +76,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     def evaluate(rollouts: int) -> dict:
         """Held-out figures after so many rollouts; keeps the weights if they are the best so far by what PPO maximises."""
         figures = _evaluation(roll(held_out, 0, 0)[3])
-        figures["eval_objective"] = objective = figures["eval_score_mean"] - settings.kl_coef * figures["eval_kl"]
+        objective = figures["eval_score_mean"] - settings.kl_coef * figures["eval_kl"] + settings.likelihood_coef * figures["eval_likelihood"]
+        figures["eval_objective"] = objective
         if objective > state["best_objective"]:
             best.step()
             state.update(best_objective=objective, best_rollout=rollouts)
@@ -125,8 +126,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         best.copy_to_model()
         save(stage.folder / "best")
     say(f"ppo: on {len(held_out)} held-out prompts score {final['eval_score_mean']:.2f} at KL {final['eval_kl']:.1f} nats; model in {stage.model}")
-    say(f"ppo: held-out score less the price of KL is {final['eval_objective']:.2f} at the end, at best {state['best_objective']:.2f} after "
-        f"{state['best_rollout']} of {settings.rollouts} rollouts; handed over: the {settings.hand_over}")
+    say(f"ppo: what PPO maximises (score, KL and likelihood at their prices) is {final['eval_objective']:.2f} on them at the end, at best "
+        f"{state['best_objective']:.2f} after {state['best_rollout']} of {settings.rollouts} rollouts; handed over: the {settings.hand_over}")
     stage.finish(**final, best_objective=state["best_objective"], best_rollout=state["best_rollout"], handed_over=settings.hand_over)
 
 
@@ -135,7 +136,7 @@ def _announce(config: Config, accelerator, prompts) -> None:
     say(f"ppo: {describe(accelerator)}; {len(prompts):,} prompts")
     say(f"ppo: {settings.rollouts} rollouts x {settings.batch_size} completions, each {settings.epochs} epochs x {settings.minibatches} minibatches "
         f"of {settings.batch_size // settings.minibatches} = {settings.rollouts * settings.epochs * settings.minibatches} optimizer steps; "
-        f"KL coefficient {settings.kl_coef}")
+        f"KL coefficient {settings.kl_coef}" + (f", likelihood coefficient {settings.likelihood_coef}" if settings.likelihood_coef else ""))
 
 
 def _ptx_of_step(rows: Sequence, step: int, count: int) -> list:
@@ -177,7 +178,7 @@ def _tell_skip(prompt_ids: list[str], rollout: int) -> None:
 
 
 def _evaluation(figures: dict) -> dict:
-    return {f"eval_{name}": figures[name] for name in ("score_mean", "gold_mean", "kl", "length_mean") if name in figures}
+    return {f"eval_{name}": figures[name] for name in ("score_mean", "gold_mean", "kl", "likelihood", "length_mean") if name in figures}
 
 
 def _as_text(prompts, texts, rollout, gold):

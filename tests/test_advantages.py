@@ -41,6 +41,14 @@ def test_S3_token_rewards_by_hand():
     torch.testing.assert_close(rewards, torch.tensor(expected, dtype=F64))
 
 
+def test_S3_a_likelihood_coefficient_adds_the_references_log_probability_on_real_tokens():
+    logprobs, mask = ragged([[-1.0, -2.0, -0.5], [-3.0]])
+    ref, _ = ragged([[-1.5, -2.0, -1.5], [-1.0]])
+    rewards = token_rewards(torch.tensor([2.0, -1.0], dtype=F64), logprobs, ref, mask, 0.1, 0.5)
+    expected = [[-0.05 - 0.75, 0.0 - 1.0, 2.0 - 0.1 - 0.75], [-1.0 + 0.2 - 0.5, 0.0, 0.0]]
+    torch.testing.assert_close(rewards, torch.tensor(expected, dtype=F64))
+
+
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_S3_score_lands_on_the_last_real_token_for_an_end_first_middle_and_missing(length):
     mask = length_mask([length], 5)

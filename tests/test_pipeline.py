@@ -152,13 +152,15 @@ def test_the_best_weights_are_kept_and_handed_over_when_asked_for(run, tmp_path,
     for name in ("prepare", "data", "pretrain", "sft", "collect", "reward"):
         (tmp_path / name).symlink_to(run / name)
     config = load_config(TINY, [f"run.dir={tmp_path}", f"ppo.score={__name__}:wants_something_odd", "ppo.lr=0.02", "ppo.kl_coef=5",
-                                "ppo.eval_every=1", "ppo.warmup_rollouts=0", "ppo.rollouts=3", f"ppo.hand_over={hand_over}"])
+                                "ppo.eval_every=1", "ppo.warmup_rollouts=0", "ppo.rollouts=3", "ppo.likelihood_coef=0.02",
+                                f"ppo.hand_over={hand_over}"])
     stages.ppo.main(config)
     done = json.loads((tmp_path / "ppo" / "DONE").read_text())
     rows = [row for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl") if "eval_objective" in row]
-    assert len(rows) == 4 and all(r["eval_objective"] == pytest.approx(r["eval_score_mean"] - 5 * r["eval_kl"], rel=1e-5) for r in rows)
+    maximised = [r["eval_score_mean"] - 5 * r["eval_kl"] + 0.02 * r["eval_likelihood"] for r in rows]
+    assert len(rows) == 4 and [r["eval_objective"] for r in rows] == pytest.approx(maximised, rel=1e-4) and rows[0]["eval_kl"] == 0.0
     assert (done["best_rollout"], done["handed_over"]) == (0, hand_over)
-    assert done["best_objective"] == pytest.approx(rows[0]["eval_score_mean"], rel=1e-5) and done["eval_objective"] < done["best_objective"] - 1
+    assert done["best_objective"] == pytest.approx(maximised[0], rel=1e-4) and done["eval_objective"] < done["best_objective"] - 1
     sft, handed = (file_digest(folder / "model" / "model.safetensors") for folder in (run / "sft", tmp_path / "ppo"))
     assert (handed == sft) == (hand_over == "best")
     if hand_over == "last":

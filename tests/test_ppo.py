@@ -12,13 +12,14 @@ import types
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import rlhf.ppo
 from rlhf.checkpoints import finished_checkpoints, load_checkpoint, save_checkpoint
 from rlhf.config import Config
 from rlhf.errors import TrainingStopped
 from rlhf.learner import check_finite
-from rlhf.models import load_encoder, load_policy, load_reward_model, save_model
+from rlhf.models import last_norm_gain, load_encoder, load_policy, load_reward_model, save_model
 from rlhf.optimizers import linear_lr, new_optimizer, set_lr
 from rlhf.passes import make_rows
 from rlhf.paths import PACKAGE
@@ -349,6 +350,27 @@ def test_P5_each_network_has_its_rate_and_adam_epsilon_is_1e_5():
     assert {rate[id(p)] for p in model.policy.parameters()} == {0.5e-3}
     assert {rate[id(p)] for p in model.value_model.parameters()} == {2e-3}
     assert {(g["eps"], g["weight_decay"], *g["betas"]) for g in optimizer.param_groups} == {(1e-5, 0.0, 0.9, 0.999)}
+
+
+def test_P5_the_last_norms_gain_has_a_rate_of_its_own_when_asked_for():
+    model = policy_and_value(ENCODER)
+    optimizer = ppo_optimizer(model, 1e-3, 4e-3, 0.02)
+    set_lr(optimizer, 0.5)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(rates) == sum(len(g["params"]) for g in optimizer.param_groups) == sum(1 for _ in model.parameters())  # each weight once
+    own = [name for name, p in model.policy.named_parameters() if rates[id(p)] != 0.5e-3]
+    assert own == ["transformer.ln_f.weight"] and rates[id(model.policy.transformer.ln_f.weight)] == 0.01
+    assert {rates[id(p)] for p in model.value_model.parameters()} == {2e-3}
+
+
+def test_the_last_norm_is_found_in_other_architectures_and_left_alone_with_lora():
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    llama, neox = LlamaForCausalLM(LlamaConfig(**sizes)), GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
+    assert last_norm_gain(llama) is llama.model.norm.weight and last_norm_gain(neox) is neox.gpt_neox.final_layer_norm.weight
+    opt = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16))
+    assert last_norm_gain(opt) is opt.model.decoder.final_layer_norm.weight
+    lora = policy_and_value(ENCODER, lora=True)
+    assert len(ppo_optimizer(lora, 1e-3, 1e-3, 0.02).param_groups) == len(ppo_optimizer(lora, 1e-3, 1e-3).param_groups)
 
 
 def test_weight_decay_is_for_matrices():

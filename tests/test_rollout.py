@@ -32,8 +32,8 @@ HAND = {
 }
 
 
-def hand_rollout(kl_coef=0.1, gamma=1.0, lam=0.5, whiten_rewards=False):
-    return make_rollout(cpu(), **HAND, kl_coef=kl_coef, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards)
+def hand_rollout(kl_coef=0.1, gamma=1.0, lam=0.5, whiten_rewards=False, likelihood_coef=0.0):
+    return make_rollout(cpu(), **HAND, kl_coef=kl_coef, gamma=gamma, lam=lam, whiten_rewards=whiten_rewards, likelihood_coef=likelihood_coef)
 
 
 def near(expected, rel=1e-5):
@@ -63,6 +63,10 @@ def test_P2_rewards_are_whitened_only_when_asked_and_keep_their_mean():
     assert real == pytest.approx([(x - mean) / deviation + mean for x in flat], abs=1e-5)
 
 
+def test_S3_a_rollout_rewards_likelihood_when_asked():
+    assert hand_rollout(likelihood_coef=0.2).rewards_BC.tolist() == near([[-0.05 - 0.3, 1.05 - 0.3, 0.0], [-0.1, -0.1 - 0.3, -1.0 - 0.2]])
+
+
 def test_a_rollouts_figures_by_hand():
     figures = hand_rollout().statistics(ENCODER)
     assert figures["kl"] == pytest.approx((0.5 - 0.5 + 0.0 + 1.0 + 0.0) / 2)
@@ -71,6 +75,7 @@ def test_a_rollouts_figures_by_hand():
     assert figures["entropy"] == pytest.approx((0.5 + 0.25 + 1.0 + 0.75 + 0.5) / 5)
     assert (figures["score_mean"], figures["score_std"]) == (0.0, 1.0)
     assert (figures["length_mean"], figures["eos_rate"]) == (2.5, 0.5)
+    assert figures["likelihood"] == pytest.approx((-1.5 - 1.5 - 0.5 - 1.5 - 1.0) / 2)
     values, returns = [0.2, 0.4, 0.0, -0.3, -0.6], [0.675, 1.05, -0.6, -0.9, -1.0]
     errors = [r - v for r, v in zip(returns, values, strict=True)]
 

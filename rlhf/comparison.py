@@ -31,6 +31,7 @@ PAIRS = (
     ("sft_again", "sft"),
     ("sft", "sft"),
 )
+COOLED = re.compile(r"sft_at_(\d+(?:\.\d+)?)")  # SFT sampled at that temperature: what PPO has to beat where it only made the policy surer
 SANITY = ("sft_again", "untrained")  # policies that answer for those rows alone
 LABELS = {"ppo": "PPO", "sft": "SFT", "ppo_last": "PPO, last weights", "sft_again": "SFT, drawn again"}
 MIN_AGAINST_UNTRAINED = 0.9  # win rate; about 1 is due
@@ -66,6 +67,8 @@ def label(policy: str) -> str:
     """The policy's name as a reader meets it: ``ppo`` is PPO, ``best_of_4`` is Best of 4."""
     if policy in LABELS:
         return LABELS[policy]
+    if cooled := COOLED.fullmatch(policy):
+        return f"SFT at temperature {cooled[1]}"
     words = policy.replace("_", " ")
     return words[:1].upper() + words[1:]
 
@@ -221,7 +224,7 @@ def summarise(
     """
     _check(samples, policies)
     columns = {policy: [row["answers"][policy] for row in samples] for policy in policies}
-    pairs = [(a, b) for a, b in PAIRS if a in columns and b in columns]
+    pairs = _pairs(policies)
     compared = [_compare(samples, a, b, judge, tie_margin, pair_judge) for a, b in pairs]
     return {
         "judge": judge,
@@ -234,6 +237,13 @@ def summarise(
         "by_family": _by_family(samples, policies),
         "sanity": {f"{a}_vs_{b}": row["win_rate"] for (a, b), row in zip(pairs, compared, strict=True) if is_sanity(a, b)},
     }
+
+
+def _pairs(policies: Sequence[str]) -> list[tuple[str, str]]:
+    """PAIRS among the policies, and before the sanity rows PPO against each SFT at a temperature, and that against SFT."""
+    cooled = [pair for name in policies if COOLED.fullmatch(name) for pair in (("ppo", name), (name, "sft"))]
+    pairs = [pair for pair in (*PAIRS, *cooled) if set(pair) <= set(policies)]
+    return sorted(pairs, key=lambda pair: is_sanity(*pair))
 
 
 def _check(samples: list[dict], policies: Sequence[str]) -> None:
@@ -368,7 +378,7 @@ def caveats(summary: dict) -> list[str]:
         found.append(f"{name} has moved far from SFT: KL {a['kl_mean']:.1f} nats is above {MAX_KL_NATS:.0f}.")
     if None not in (a["gold_mean"], b["gold_mean"]) and a["proxy_mean"] > b["proxy_mean"] and a["gold_mean"] < b["gold_mean"]:
         found.append(f"The reward rose while the gold score fell ({b['gold_mean']:.2f} to {a['gold_mean']:.2f}): reward over-optimisation.")
-    return found + _sanity_caveats(summary)
+    return found + _cooled_caveats(summary) + _sanity_caveats(summary)
 
 
 def _length_caveats(ratio: float | None, row: dict, name: str, other: str) -> list[str]:
@@ -379,6 +389,13 @@ def _length_caveats(ratio: float | None, row: dict, name: str, other: str) -> li
     if row["ci95"][0] > 0.5 >= controlled:
         found.append(f"At equal length the win rate is {controlled:.2f}: the difference is one of length.")
     return found
+
+
+def _cooled_caveats(summary: dict) -> list[str]:
+    """Where a lower temperature may be all that PPO found."""
+    rows = [row for row in summary["comparisons"] if row["a"] == "ppo" and COOLED.fullmatch(row["b"]) and row["ci95"][0] <= 0.5]
+    return [f"Against {label(row['b'])} no gain is shown: PPO's win rate is {row['win_rate']:.2f} ({row['ci95'][0]:.2f}-{row['ci95'][1]:.2f})."
+            for row in rows]
 
 
 def _sanity_caveats(summary: dict) -> list[str]:

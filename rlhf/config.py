@@ -159,12 +159,13 @@ class Ppo:
 @dataclass(frozen=True)
 class Compare:
     policies: list[str] = setting(["pretrained", "sft", "best_of_4", "ppo"],
-                                  "who answers; best_of_N: of N SFT answers the reward model's choice; besides sft_again (a second draw), untrained "
-                                  "(SFT's shape, fresh weights), ppo_last (the last weights where ppo.ema_decay is set)")
+                                  "who answers; best_of_N: of N SFT answers the reward model's choice; sft_at_T: SFT at the temperature T, such as "
+                                  "sft_at_0.5; besides sft_again (a second draw), untrained (SFT's shape, fresh weights), ppo_last (the last "
+                                  "weights where ppo.ema_decay is set)")
     prompts: int = setting(500, "held-out prompts")
     judge: str = setting("auto", "gold, judge (a reward model of its own on kept-apart prompts), proxy, a reward model's folder, or "
                                "module:function, a judge f(prompt, first, second) -> above 0 where first is better; auto: the first at hand")
-    temperature: float = setting(1.0, "sampling temperature of every policy")
+    temperature: float = setting(1.0, "sampling temperature of every policy but sft_at_T")
     batch_size: int = setting(500, "completions sampled together")
     shots: list[int] = setting([], "solved examples in front of tasks of the embedded world, such as [0, 1, 4]: how each policy learns in context")
     shot_tasks: int = setting(200, "tasks for compare.shots")

@@ -5,7 +5,8 @@
 Reads RUN/data/prompts/test.jsonl and the models of the stages named in compare.policies. Leaves RUN/compare/{report.html, report.md,
 summary.json, samples.jsonl}. The judge is the gold score of the embedded world, a reward model of its own on prompts that stage 2 never
 saw, a function of yours that is shown two answers in both orders, or (said in the report's first line) the training reward.
-Each policy is sampled at compare.temperature; best_of_N takes the SFT model's N answers and keeps the one the reward model likes best.
+Each policy is sampled at compare.temperature; best_of_N takes the SFT model's N answers and keeps the one the reward model likes best,
+sft_at_T samples SFT at the temperature T.
 With compare.shots each policy of its own weights also answers tasks of the embedded world after so many solved examples (rlhf/in_context.py).
 """
 
@@ -14,9 +15,9 @@ import sys
 from pathlib import Path
 
 from rlhf.cli import run_stage
-from rlhf.comparison import SANITY, PairJudge, summarise, verdict, verdicts
+from rlhf.comparison import COOLED, SANITY, PairJudge, summarise, verdict, verdicts
 from rlhf.compute import describe, gather_rows, my_share, start
-from rlhf.config import Config
+from rlhf.config import RANGES, Config
 from rlhf.errors import InputError
 from rlhf.in_context import draw_tasks, in_context_scores, summarise_in_context, tasks_that_fit
 from rlhf.jsonl import read_jsonl, write_json, write_jsonl
@@ -60,10 +61,11 @@ def main(config: Config) -> None:
     proxy = load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, accelerator.device, config.model.trust_remote_code)
     tasks, answers, in_context = _tasks(config, encoder, longest_row(sft)), {}, {}
     for place, name in enumerate(settings.policies):
-        best_of = BEST_OF.fullmatch(name)
+        best_of, cooled = BEST_OF.fullmatch(name), COOLED.fullmatch(name)
+        temperature = float(cooled[1]) if cooled else settings.temperature
         policy = sft if sources[name] == "sft" else load(sources[name])
-        answers[name] = _answers(config, accelerator, policy, sft, encoder, proxy, prompts, int(best_of[1]) if best_of else 1, place)
-        if tasks and not best_of and name not in SANITY:
+        answers[name] = _answers(config, accelerator, policy, sft, encoder, proxy, prompts, int(best_of[1]) if best_of else 1, place, temperature)
+        if tasks and not best_of and not cooled and name not in SANITY:
             in_context[name] = {shots: _in_context(config, accelerator, policy, encoder, tasks, shots) for shots in settings.shots}
         say(f"compare: {name} answered")
     judge, scores, pair_judge = _judge(config, accelerator, attention, encoder, prompts, answers)
@@ -86,7 +88,11 @@ def main(config: Config) -> None:
 
 def _source(config: Config, name: str) -> str:
     """Where the policy `name` lies: "sft" for SFT and what draws from it, "untrained", else a model folder or hub id. Raises InputError."""
-    if name in ("sft", "sft_again") or BEST_OF.fullmatch(name):
+    if cooled := COOLED.fullmatch(name):
+        low, high = RANGES["compare.temperature"]
+        if not low <= float(cooled[1]) <= high:
+            raise InputError(f"compare.policies names {name}: found temperature {cooled[1]}, wanted one from {low} to {high}")
+    if name in ("sft", "sft_again") or cooled or BEST_OF.fullmatch(name):
         return "sft"
     if name == "untrained":
         return name
@@ -104,14 +110,16 @@ def _source(config: Config, name: str) -> str:
     return str(folder)
 
 
-def _answers(config, accelerator, policy, sft, encoder, proxy: Scorer, prompts: list[Prompt], n: int, place: int) -> list[dict]:
-    """An answer to each prompt: ids, text, proxy score, KL to SFT; of n samples the one with the highest proxy score."""
+def _answers(config, accelerator, policy, sft, encoder, proxy: Scorer, prompts: list[Prompt], n: int, place: int,
+             temperature: float) -> list[dict]:
+    """An answer to each prompt, sampled at `temperature`: ids, text, proxy score, KL to SFT at compare.temperature; of n samples the one with
+    the highest proxy score."""
     mine, kept = my_share(accelerator, prompts), []
     size, workers = config.compare.batch_size, workers_for(accelerator, policy)
     for draw in range(n):
         uniforms_BC = my_share(accelerator, draw_uniforms(len(prompts), config.data.max_completion_tokens, config.seed, 3, place, draw))
         with accelerator.autocast():
-            completions = sample(policy, [p.ids for p in mine], uniforms_BC, encoder, config.compare.temperature, size, workers)
+            completions = sample(policy, [p.ids for p in mine], uniforms_BC, encoder, temperature, size, workers)
             scores = proxy([p.messages for p in mine], completions, encoder).tolist()
         for i, (completion, score) in enumerate(zip(completions, scores, strict=True)):
             if draw == 0:
@@ -122,7 +130,8 @@ def _answers(config, accelerator, policy, sft, encoder, proxy: Scorer, prompts: 
     kls = [None] * len(mine)
     if n == 1:
         with accelerator.autocast():
-            of = [logprob_sums(m, pairs, encoder.pad_id, config.compare.temperature, config.ppo.microbatch_tokens) for m in (policy, sft)]
+            of = [logprob_sums(m, pairs, encoder.pad_id, t, config.ppo.microbatch_tokens)
+                  for m, t in ((policy, temperature), (sft, config.compare.temperature))]
         kls = [a - b for a, b in zip(*of, strict=True)]
     rows = [{"ids": c, "text": encoder.decode(c), "proxy": s, "kl": kl, "length": len(c), "ended": encoder.ended(c)}
             for (c, s), kl in zip(kept, kls, strict=True)]

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from rlhf import world
 from rlhf.comparison import caveats
@@ -69,6 +70,38 @@ def test_E1_E5_the_average_the_last_weights_a_second_draw_and_an_untrained_model
     assert "**PPO, last weights**" in report and "**SFT, drawn again**" not in report and "SFT, drawn again against SFT" in report
     # nano models answer with noise, so the row against the untrained model fails, and the report says so
     assert any("SFT against Untrained" in text for text in caveats(summary))
+
+
+def greedy(model, encoder, prompt, room) -> tuple[list[int], float]:
+    """The likeliest token after the likeliest token, until the end or `room`, and the sum of their log-probabilities."""
+    ids, total = list(prompt), 0.0
+    for _ in range(room):
+        logprobs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1], -1)
+        ids.append(int(logprobs.argmax()))
+        total += float(logprobs.max())
+        if ids[-1] == encoder.eos_id:
+            break
+    return ids[len(prompt):], total
+
+
+def test_sft_near_temperature_0_gives_its_likeliest_answers_and_their_kl_is_what_they_lack_in_likelihood(run):
+    summary, samples, report = compared(run, policies=["sft", "ppo", "sft_at_0.001"])
+    encoder = load_encoder(str(run / "sft" / "model"))
+    sft = load_policy(str(run / "sft" / "model"), encoder, "eager").eval()
+    with torch.no_grad():
+        expected = [greedy(sft, encoder, encoder.prompt_ids(row["prompt"]), 6) for row in samples]
+    cooled = [row["answers"]["sft_at_0.001"] for row in samples]
+    assert [a["text"] for a in cooled] == [encoder.decode(ids) for ids, _ in expected]
+    # at that temperature they are all but certain, so log p_cooled - log p_sft is -log p_sft
+    assert [a["kl"] for a in cooled] == pytest.approx([-total for _, total in expected], abs=0.02)
+    assert [(r["a"], r["b"]) for r in summary["comparisons"]] == [("ppo", "sft"), ("ppo", "sft_at_0.001"), ("sft_at_0.001", "sft"), ("sft", "sft")]
+    assert "SFT at temperature 0.001" in report
+
+
+@pytest.mark.parametrize("name", ["sft_at_0", "sft_at_1000"])
+def test_a_temperature_out_of_range_is_refused(run, name):
+    with pytest.raises(InputError, match=f"compare.policies names {name}: found temperature"):
+        compared(run, policies=["sft", name])
 
 
 def test_E1_last_weights_of_a_run_without_an_average_are_refused(run):

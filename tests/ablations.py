@@ -20,6 +20,8 @@ SHARED = ("data", "prepare", "pretrain", "sft", "collect", "reward")
 SHOTS = (0, 1, 4)
 VARIANTS = {
     "base": [],
+    "score": ["ppo.likelihood_coef=0"],
+    "rate": ["ppo.last_norm_lr=null"],
     "ptx": ["ppo.ptx_coef=0.5"],
     "ema": ["ppo.ema_decay=0.95"],  # of 112 policy steps: the canon's 0.992 would still be half the SFT model
     "adaptive": ["ppo.kl_target=2.0", "ppo.kl_horizon=1000"],  # the canon's 10,000 completions are more than the run has

@@ -147,7 +147,7 @@ BUGS = [
     Bug("S3", "rlhf/advantages.py", "test_advantages.py", "the likelihood that is rewarded is the policy's own",
         right="likelihood_coef * ref_logprobs_BC, 0.0)",
         wrong="likelihood_coef * logprobs_BC, 0.0)"),
-    Bug("S3", "stages/ppo.py", "test_pipeline.py", "the best weights are chosen without the likelihood that PPO is paid for",
+    Bug("", "stages/ppo.py", "test_pipeline.py", "the best weights are chosen without the likelihood that PPO is paid for",
         right=' + settings.likelihood_coef * figures["eval_likelihood"]',
         wrong=""),
     Bug("P5", "rlhf/value.py", "test_ppo.py", "the last norm's gain is stepped by two groups",

@@ -3,19 +3,23 @@
 import torch
 import torch.distributed
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
 from rlhf.config import Config
 from rlhf.cores import threads_per_process
 from rlhf.errors import InputError
 from rlhf.quiet import quiet_libraries
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
 
 def start(config: Config, seed_offset: int = 0) -> Accelerator:
     """An accelerator in the run's precision, threads set, every generator seeded alike on all processes."""
     quiet_libraries()
     torch.set_num_threads(threads_per_process(config.run.threads))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.run.precision))
+    # No pass may need the other processes: where memory runs out in one of them, it alone tries again (rlhf/memory.py)
+    alone = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.run.precision), kwargs_handlers=[alone])
     set_seed(config.seed + seed_offset)
     return accelerator
 
@@ -39,6 +43,28 @@ def describe(accelerator: Accelerator) -> str:
 def wait_for_everyone() -> None:
     """Returns when every process has come here; at once where there is one."""
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
+
+def sharded(accelerator: Accelerator) -> bool:
+    """True where each process holds a part of the model (FSDP, DeepSpeed), so that every pass needs all of them."""
+    return accelerator.num_processes > 1 and accelerator.distributed_type in SHARDED
+
+
+def average_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Puts the mean over processes in the place of every gradient; nothing where the model is sharded, whose passes have done so.
+
+    DDP's own exchange runs inside the last backward pass, where a process whose memory runs out cannot try again.
+    """
+    if accelerator.num_processes == 1 or sharded(accelerator):
+        return
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:  # not part of this process's graph; the others wait for it
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    for exchange in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        exchange.wait()
+    for gradient in gradients:
+        gradient /= accelerator.num_processes
 
 
 def sum_over_processes(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:

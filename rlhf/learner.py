@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.compute import my_share
+from rlhf.compute import my_share, sharded
 from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import TrainingStopped
@@ -63,7 +63,7 @@ class Learner:
             longest = max(len(p) + len(c) for p, c in pairs)
             tokens = self.microbatch.attempt(lambda budget: evaluate_tokens(
                 self.model, self.ref_logprobs, pairs, encoder.pad_id, settings.temperature, budget, accelerator.device, self.workers),
-                longest, accelerator.num_processes)
+                longest, sharded(accelerator))
         rollout = make_rollout(accelerator, [p.ids for p in mine], completions, scores_B, tokens, kl_coef, settings.gamma, settings.lam,
                                settings.whiten_rewards, settings.likelihood_coef)
         check_finite(rollout.scores_B, rows)  # all rows on every process: they stop together

@@ -31,11 +31,11 @@ class Microbatch:
     def __init__(self, size: int, setting: str = "ppo.microbatch_tokens", unit: str = "tokens"):
         self.size, self.setting, self.unit = size, setting, unit
 
-    def attempt(self, function: Callable[[int], object], least: int, processes: int = 1):
+    def attempt(self, function: Callable[[int], object], least: int, sharded: bool = False):
         """function(size), tried anew with half the size while memory runs out, down to `least` units: one row.
 
-        `function` must undo what a failed try left behind. Raises TrainingStopped when a single row does not fit, and with several processes,
-        where one that tries again would leave the others waiting.
+        `function` must undo what a failed try left behind, and exchange nothing with other processes. Raises TrainingStopped when a single row
+        does not fit, and for a model that is `sharded` among processes, where one that tries again would leave the others waiting.
         """
         while True:
             try:
@@ -43,7 +43,7 @@ class Microbatch:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.size <= least or processes > 1:
+                if self.size <= least or sharded:
                     raise TrainingStopped(f"memory ran out in a microbatch of at most {self.size} {self.unit} (one row: at most {least}); the "
                                           f"last checkpoint is whole. Lower {self.setting}, data.max_prompt_tokens or "
                                           "data.max_completion_tokens") from None

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from rlhf.compute import max_over_processes, my_share, sum_over_processes
+from rlhf.compute import average_gradients, max_over_processes, my_share, sharded, sum_over_processes
 from rlhf.kl import k3
 from rlhf.losses import language_model_loss, policy_loss, value_loss
 from rlhf.memory import Microbatch
@@ -54,13 +54,7 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
         epoch_kl = []
         for start in range(0, size * settings.minibatches, size):
             rows, ptx_rows_now = order[start : start + size], ptx[len(steps)]
-
-            def attempt(tokens, rows=rows, ptx_rows_now=ptx_rows_now):
-                optimizer.zero_grad()  # of a try that did not fit into memory
-                return _step(accelerator, model, rollout, rows, ptx_rows_now, settings, pad_id, workers, tokens)
-
-            longest = max([len(rollout.prompts[i]) + len(rollout.completions[i]) for i in rows] + [len(p) + len(c) for p, c in ptx_rows_now])
-            figures, norm = microbatch.attempt(attempt, longest, accelerator.num_processes)
+            figures, norm = _step(accelerator, model, optimizer, rollout, rows, ptx_rows_now, settings, pad_id, workers, microbatch)
             if not steps:
                 first = {f"first_{name}": figures[name] for name in ("ratio_error", "ratio_drift")}
             if math.isfinite(norm) and all(map(math.isfinite, figures.values())):
@@ -81,20 +75,37 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
     return {**{n: sum(s[n] for s in steps) / len(steps) for n in names}, **first, "skipped_steps": skipped, "epochs_run": epochs_run}
 
 
-def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int,
-          workers: Workers, microbatch_tokens: int) -> tuple[dict, float]:
+def _step(accelerator, model, optimizer, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int,
+          workers: Workers, microbatch: Microbatch) -> tuple[dict, float]:
     """Gradients of one minibatch over all processes; returns its figures and the gradient norm before clipping (nan or inf: do not step)."""
+    def attempt(tokens: int):
+        optimizer.zero_grad()  # of a try that did not fit into memory
+        return _gradients(accelerator, model, rollout, rows, ptx_rows, settings, pad_id, workers, tokens)
+
+    longest = max([len(rollout.prompts[i]) + len(rollout.completions[i]) for i in rows] + [len(p) + len(c) for p, c in ptx_rows])
+    sums, largest = microbatch.attempt(attempt, longest, sharded(accelerator))
+    average_gradients(accelerator, model)
+    totals = dict(zip(SUMS, sum_over_processes(accelerator, sums).tolist(), strict=True))
+    figures = {n: totals[n] / max(totals["tokens"], 1) for n in MEANS}
+    figures["ptx_loss"] = totals["ptx_loss"] / max(totals["ptx_tokens"], 1)
+    figures["ratio_error"] = float(accelerator.gather(largest[None]).max())
+    return figures, _clip(accelerator, model, settings.max_grad_norm)
+
+
+def _gradients(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int,
+               workers: Workers, microbatch_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves this process's gradients of one minibatch in .grad; returns its SUMS, and its largest |ratio - 1|."""
     count = int(rollout.mask_BC[rows].sum())  # real tokens of the minibatch, all processes together (CANON P4)
     mine, my_ptx = my_share(accelerator, rows), my_share(accelerator, ptx_rows) if ptx_rows else []
     ptx_count = sum(len(c) for _, c in ptx_rows)
 
     def groups_of(lengths: list[int]) -> list[list[int]]:
         groups = tight_groups(lengths, microbatch_tokens)
-        return split_to(groups, max(workers.count, max_over_processes(accelerator, len(groups))))
+        return split_to(groups, max_over_processes(accelerator, len(groups)) if sharded(accelerator) else workers.count)
 
     def ppo_part(group):
         loss, sums, error = _ppo_loss(accelerator, model, rollout, [mine[i] for i in group], settings, pad_id)
-        # DDP averages the gradients of the processes; the loss is a sum over tokens of all of them, divided once
+        # The processes' gradients are averaged; the loss is a sum over tokens of all of them, divided once
         return loss * accelerator.num_processes / count, (sums, error)
 
     def ptx_part(group):
@@ -105,11 +116,7 @@ def _step(accelerator, model, rollout, rows: list[int], ptx_rows: list, settings
     if my_ptx:
         parts += [partial(ptx_part, group) for group in groups_of([len(p) + len(c) for p, c in my_ptx])]
     sums, errors = (torch.stack(column) for column in zip(*accumulate(accelerator, workers, model, parts), strict=True))
-    totals = dict(zip(SUMS, sum_over_processes(accelerator, sums.sum(0)).tolist(), strict=True))
-    figures = {n: totals[n] / max(totals["tokens"], 1) for n in MEANS}
-    figures["ptx_loss"] = totals["ptx_loss"] / max(totals["ptx_tokens"], 1)
-    figures["ratio_error"] = float(accelerator.gather(errors.max()[None]).max())
-    return figures, _clip(accelerator, model, settings.max_grad_norm)
+    return sums.sum(0), errors.max()
 
 
 def _ppo_loss(accelerator, model, rollout, rows: list[int], settings: UpdateSettings, pad_id: int):

@@ -4,6 +4,7 @@ What is ours in them: the loss (a sum divided once over the optimizer step and a
 lengths alone, so that microbatches, processes and resumes change nothing but rounding), whole checkpoints, and where figures go.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -18,7 +19,7 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from rlhf.compute import sum_over_processes
+from rlhf.compute import average_gradients, sharded, sum_over_processes
 from rlhf.config import Run
 from rlhf.encoded import EncodedRows
 from rlhf.encoding import Encoder
@@ -95,7 +96,7 @@ def _arguments(kind, recipe: Recipe, run: Run, folder: Path, **more):
         gradient_accumulation_steps=share // microbatch, learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule,
         warmup_steps=int(WARMUP * recipe.steps), optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, bf16=recipe.precision == "bf16",
         use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential", remove_unused_columns=False,
-        dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(), save_strategy="steps", save_steps=run.save_every,
+        ddp_broadcast_buffers=False, dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(), save_strategy="steps", save_steps=run.save_every,
         logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, max_length=None,
         **{checkpointing: False}, **more)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: more of them are accelerate's business
@@ -146,7 +147,12 @@ class _StageTrainer:
             batches = [inputs] if parts == [places] else map(self._batch, parts)
             return sum(super(_StageTrainer, self).training_step(model, batch, num_items_in_batch) for batch in batches)
 
-        return self.microbatch.attempt(attempt, 1, self.accelerator.num_processes)
+        whole = not sharded(self.accelerator)
+        with self.accelerator.no_sync(model) if whole else contextlib.nullcontext():
+            loss = self.microbatch.attempt(attempt, 1, not whole)
+        if self.accelerator.sync_gradients:  # the last microbatch of the step
+            average_gradients(self.accelerator, model)
+        return loss
 
     def _side_by_side(self, model, places: list[int], num_items_in_batch) -> torch.Tensor:
         """`training_step` of a microbatch whose rows are shared out among the workers, so that each gets long and short ones."""

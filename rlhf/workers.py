@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from rlhf.compute import sharded
 from rlhf.models import parameter_count
 
 LARGEST = 20_000_000  # parameters; beyond, operations are long enough to be shared, and a gradient per part would cost memory
@@ -50,12 +51,13 @@ def accumulate(accelerator, workers: Workers, model: torch.nn.Module, losses: li
     """Adds the gradient of every loss to the weights of `model`; returns what stood beside the losses.
 
     Each of `losses` is a function without arguments that returns (loss, anything). With one worker they are differentiated one after
-    another and processes exchange gradients once, with the last; several workers differentiate side by side and .grad is summed in order.
+    another; several workers differentiate side by side and .grad is summed in order. Processes that hold parts of the model exchange
+    gradients with the last of them; others do not at all here (`rlhf.compute.average_gradients`).
     """
     if workers.count == 1:
         beside = []
         for place, loss in enumerate(losses):
-            with contextlib.nullcontext() if place + 1 == len(losses) else accelerator.no_sync(model):
+            with contextlib.nullcontext() if sharded(accelerator) and place + 1 == len(losses) else accelerator.no_sync(model):
                 value, extra = loss()
                 accelerator.backward(value)
             beside.append(extra)

@@ -23,7 +23,7 @@ from torch import nn
 
 from rlhf.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.cli import run_stage
-from rlhf.compute import describe, start, sum_over_processes
+from rlhf.compute import average_gradients, describe, start, sum_over_processes
 from rlhf.config import Config
 from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
@@ -189,9 +189,10 @@ def _backward(accelerator, workers: Workers, model, rows: list[list[int]], pad_i
 
     def mean_loss(part):
         loss = _loss(model, part, pad_id, accelerator.device) / count
-        return loss * accelerator.num_processes, loss.detach()  # DDP takes the mean over processes
+        return loss * accelerator.num_processes, loss.detach()  # gradients' mean over processes is undone
 
     losses = accumulate(accelerator, workers, model, [partial(mean_loss, part) for part in parts])
+    average_gradients(accelerator, model)
     return sum_over_processes(accelerator, sum(losses)).item(), count
 
 

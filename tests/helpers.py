@@ -5,6 +5,7 @@ import math
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback
 
 from rlhf.compute import my_share
 from rlhf.encoding import Encoder
@@ -125,3 +126,29 @@ def naive_logprobs(policy, prompt: list[int], completion: list[int], temperature
 def snapshot(model) -> dict[str, torch.Tensor]:
     """Copies of all weights."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class KeepsFigures:
+    """In place of a Stage: the figures that a trainer logs."""
+
+    main = True
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, step, **figures):
+        self.lines.append({"step": step, **figures})
+
+
+def gradients_of_steps(trainer) -> tuple[torch.Tensor, list[dict]]:
+    """(gradients of all weights by optimizer step, logged lines) of one of rlhf/trl_trainers.py's trainers, run to its end."""
+    gradients, log = [], KeepsFigures()
+
+    class Keeps(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
+
+    trainer.add_callback(Keeps())
+    trainer.follow(log, 1, "test")
+    trainer.run()
+    return torch.stack(gradients), log.lines

@@ -2,13 +2,14 @@
 
     python -m tests.kills                                             # 50 kills of the whole pipeline of configs/tiny.yaml
     python -m tests.kills --kills 7 --per-stage 1 --processes 2 run.precision=fp32
+    python -m tests.kills --config configs/quickstart.yaml --per-stage 8 --reach 0.25 run.threads=2    # most of an hour
 
 One run is left alone, then others of the same settings are killed by SIGKILL, every process of them at once. Each kill has a stage, all of
 them in turn, and a moment drawn from most of the time that stage took in the first run; where a resumed stage is done sooner, it meets the
 next one. Every other kill then waits until something is being written, and falls into it. When a killed run has ended, all it left is
 compared with the first: the sha256 of every model.safetensors, the metrics without times, the data, rollouts, samples and DONE files.
-Checkpoints are written every other step, and the settings switch on whatever has a state of its own to lose (a moving average, the best
-weights, an adaptive KL coefficient, an ensemble).
+In configs/tiny.yaml checkpoints are written every other step, and settings switch on whatever has a state of its own to lose (a moving average,
+the best weights, an adaptive KL coefficient, an ensemble); another experiment runs as it is.
 Prints a line for each kill and `N kills, every model the same` last; exit code 0 when that is so.
 Processes are forked from one that has imported everything: kills then hit the stages, not the imports.
 """
@@ -31,6 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare")
+TINY = "configs/tiny.yaml"
 SETTINGS = ("run.save_every=2", "run.threads=1", "collect.batch_size=64", "reward.members=2", "ppo.rollouts=6", "ppo.save_every=1",
             "ppo.eval_every=1", "ppo.ema_decay=0.9", "ppo.kl_target=2", "ppo.ptx_coef=0.1", "ppo.hand_over=best")
 PRELOADED = ("stages.pipeline", "peft", "transformers.models.gpt2.modeling_gpt2")
@@ -44,14 +46,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--per-stage", type=int, default=2, help="kills of a run in each stage")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reach", type=float, default=0.8, help="a kill's moment is drawn from this share of its stage's time")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings beside those of configs/tiny.yaml")
+    parser.add_argument("--config", default=TINY)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings beside those of the configuration")
     arguments = parser.parse_intermixed_args(argv)
     preload()
     rng, seen, wrong = random.Random(arguments.seed), Counter(), []
     with tempfile.TemporaryDirectory() as folder:
         def start(run: Path) -> list:
-            words = ["pipeline", "--config", "configs/tiny.yaml", f"run.dir={run}", *SETTINGS, *arguments.overrides]
+            settings = SETTINGS if arguments.config == TINY else ()
+            words = ["pipeline", "--config", arguments.config, f"run.dir={run}", *settings, *arguments.overrides]
             return fork(words, run.with_suffix(".log"), arguments.processes)
 
         whole = Path(folder) / "whole"
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             run, runs = Path(folder) / f"run{runs}", runs + 1
             targets = [stage for stage in STAGES for _ in range(arguments.per_stage)][: arguments.kills - seen.total()]
             for stage in targets:
-                _kill(start(run), run, stage, rng.uniform(0, 0.8 * seconds[stage]), seen, while_writing=seen.total() % 2 == 1)
+                _kill(start(run), run, stage, rng.uniform(0, arguments.reach * seconds[stage]), seen, while_writing=seen.total() % 2 == 1)
             _finish(start(run), run)
             found = contents(run)
             wrong = sorted(str(name) for name in expected.keys() | found.keys() if found.get(name) != expected.get(name))

@@ -1,17 +1,23 @@
-"""PPO with as many processes as it is launched with; test_ppo.py compares one process with two.
+"""PPO and SFT with as many processes as they are launched with; test_ppo.py compares one process with two.
 
     python -m tests.processes OUT KIND       or       accelerate launch --config_file configs/accelerate/cpu-2.yaml -m tests.processes OUT KIND
 """
 
 import dataclasses
 import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import torch
 
+import rlhf.ppo
+from rlhf.config import Run
 from rlhf.optimizers import linear_lr, set_lr
 from rlhf.ppo import update
+from rlhf.trl_trainers import DemonstrationTrainer, Recipe
 from rlhf.value import ppo_optimizer
-from tests.helpers import collect, cpu, nano, policy_and_value, settings, some_prompts, tiny_encoder
+from tests.helpers import CORPUS, collect, cpu, gradients_of_steps, nano, policy_and_value, settings, some_prompts, tiny_encoder
 
 
 class KeepsGradients:
@@ -32,8 +38,21 @@ def mean_id(completion: list[int]) -> float:
     return sum(completion) / len(completion) / 100
 
 
+def memory_runs_out_once(process: int):
+    """A context in which the second microbatch of that process does not fit into memory."""
+    plain, tried = rlhf.ppo._ppo_loss, []
+
+    def loss(accelerator, *rest):
+        tried.append(len(tried))
+        if accelerator.process_index == process and len(tried) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(accelerator, *rest)
+
+    return mock.patch.object(rlhf.ppo, "_ppo_loss", loss)
+
+
 def one_update(accelerator, kind: str) -> dict:
-    """A rollout, and the gradients and figures of an update on it."""
+    """A rollout, and the gradients and figures of an update on it; the gradients again, memory having run out on the second process."""
     encoder = tiny_encoder()
     prompts, inner = some_prompts(encoder, 12), policy_and_value(encoder, kind)
     model = accelerator.prepare(inner)
@@ -42,7 +61,27 @@ def one_update(accelerator, kind: str) -> dict:
     recorder = KeepsGradients(inner)
     how = settings(microbatch_tokens=100, ptx_coef=0.5)
     figures = update(accelerator, model, recorder, rollout, how, encoder.pad_id, seed=3, ptx_rows=ptx)
-    return {"rollout": dataclasses.asdict(rollout), "figures": figures, "steps": recorder.steps}
+    again = KeepsGradients(inner)
+    with memory_runs_out_once(process=1):
+        update(accelerator, model, again, rollout, how, encoder.pad_id, seed=3, ptx_rows=ptx)
+    return {"rollout": dataclasses.asdict(rollout), "figures": figures, "steps": recorder.steps, "steps_again": again.steps}
+
+
+def two_sft_steps(encoder, fails_in: int | None = None) -> tuple:
+    """Gradients and logged lines of two optimizer steps of SFT; with `fails_in`, memory runs out there once, in its second microbatch."""
+    demonstrations = [(p, encoder.completion_ids(CORPUS[i % 6])) for i, p in enumerate(some_prompts(encoder, 24))]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DemonstrationTrainer(nano(encoder), demonstrations, encoder, Recipe("sft", 2, 8, 2, 1e-4, "linear", 3, "no"), Run(), Path(folder))
+        plain, tried = trainer.compute_loss, []
+
+        def loss(*args, **kwargs):
+            tried.append(len(tried))
+            if trainer.accelerator.process_index == fails_in and len(tried) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(*args, **kwargs)
+
+        trainer.compute_loss = loss
+        return gradients_of_steps(trainer)
 
 
 def ten_rollouts(accelerator, kind: str) -> list[dict]:
@@ -61,7 +100,8 @@ def ten_rollouts(accelerator, kind: str) -> list[dict]:
 def main(out: str, kind: str) -> None:
     torch.set_num_threads(1)
     accelerator = cpu()
-    found = {"processes": accelerator.num_processes, **one_update(accelerator, kind), "curve": ten_rollouts(accelerator, kind)}
+    found = {"processes": accelerator.num_processes, **one_update(accelerator, kind), "curve": ten_rollouts(accelerator, kind),
+             "sft": two_sft_steps(tiny_encoder()), "sft_again": two_sft_steps(tiny_encoder(), fails_in=1)}
     if accelerator.is_main_process:
         torch.save(found, out)
     accelerator.end_training()

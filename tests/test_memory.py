@@ -50,9 +50,9 @@ def test_one_row_is_the_least_and_then_the_run_stops_with_a_remedy():
         Microbatch(100).attempt(fits(60), least=70)
 
 
-def test_several_processes_stop_rather_than_wait_for_each_other():
+def test_a_model_sharded_among_processes_stops_rather_than_leave_the_others_waiting():
     with pytest.raises(TrainingStopped):
-        Microbatch(1000).attempt(fits(300), least=40, processes=2)
+        Microbatch(1000).attempt(fits(300), least=40, sharded=True)
 
 
 def test_other_errors_pass():

@@ -156,7 +156,7 @@ def test_P4_a_minibatch_is_divided_by_its_own_tokens():
     rollout = disturbed(rollout_of(model))
     seen, original = [], rlhf.ppo._step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rlhf.ppo, "_step", lambda a, m, r, rows, *rest: (seen.append(rows), original(a, m, r, rows, *rest))[1])
+        patch.setattr(rlhf.ppo, "_step", lambda a, m, o, r, rows, *rest: (seen.append(rows), original(a, m, o, r, rows, *rest))[1])
         recorder = processes.KeepsGradients(model)
         update(cpu(), model, recorder, rollout, settings(minibatches=3), PAD, seed=1)
     tokens = [int(rollout.mask_BC[rows].sum()) for rows in seen]
@@ -175,8 +175,8 @@ def test_A4_nan_on_padding_reaches_neither_gradients_nor_figures():
 
 
 @pytest.mark.parametrize("kind", ["separate", pytest.param("shared", marks=pytest.mark.slow)])
-def test_P2_P4_A1_two_processes_make_the_rollout_the_gradients_and_the_curve_of_one(tmp_path, kind):
-    """Rows, whitened advantages and figures of one process; gradients to rounding; ten rollouts alike, ratios of 1 at each first minibatch."""
+def test_P2_P4_A1_two_processes_make_the_rollout_the_gradients_and_the_curves_of_one(tmp_path, kind):
+    """Rows, whitened advantages and figures of one process; gradients to rounding, where memory runs out too; ten rollouts alike."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml", "--main_process_port", "0",
                "-m", "tests.processes", str(tmp_path / "two"), kind]
     launched = subprocess.Popen(command, cwd=PACKAGE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -193,9 +193,13 @@ def test_P2_P4_A1_two_processes_make_the_rollout_the_gradients_and_the_curve_of_
     assert two["figures"] == pytest.approx(one["figures"], rel=1e-3, abs=1e-4)
     assert one["figures"]["first_ratio_error"] < 1e-4 and two["figures"]["first_ratio_error"] < 1e-4
     assert len(one["steps"]) == len(two["steps"]) == 2
-    for found, expected in zip(two["steps"], one["steps"], strict=True):
+    for found, again, expected in zip(two["steps"], two["steps_again"], one["steps"], strict=True):
         assert_same_gradients(found, expected)
+        assert_same_gradients(again, expected)  # one process alone halved its microbatches
     assert_same_curve(two["curve"], one["curve"])
+    for found in (two["sft"], two["sft_again"]):
+        assert_same_gradients(dict(enumerate(found[0])), dict(enumerate(one["sft"][0])))
+        assert [line["loss"] for line in found[1]] == pytest.approx([line["loss"] for line in one["sft"][1]], rel=1e-5)
 
 
 # What the update reports
@@ -314,7 +318,7 @@ def rows_of_steps(monkeypatch, seed, ptx_rows=(), **changes):
     """Which rows (and ptx rows) each optimizer step of an update sees."""
     seen = []
 
-    def note(accelerator, model, rollout, rows, ptx, how, pad_id, workers, tokens):
+    def note(accelerator, model, optimizer, rollout, rows, ptx, *rest):
         seen.append((rows, ptx))
         return dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio_drift", "ptx_loss", "ratio_error"), 0.0), 1.0
 

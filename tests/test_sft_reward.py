@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from rlhf import quiet, trl_trainers
 from rlhf.config import config_from_tree
@@ -34,6 +34,7 @@ from rlhf.scoring import raw_scores
 from rlhf.trl_trainers import DemonstrationTrainer, RankingTrainer, Recipe, count_steps, last_checkpoint, length_grouped_order
 from rlhf.workers import Workers
 from stages import reward, sft
+from tests.helpers import KeepsFigures, gradients_of_steps
 
 THINGS = ["red", "blue", "green", "gold", "grey", "pink"]
 MANNERS = ["", " please", " if you would be so kind"]
@@ -321,34 +322,6 @@ def test_count_steps():
 # --- gradients: microbatches change nothing, losses are what they are said to be ------------------------------------------------
 
 
-class _Recorder(TrainerCallback):
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
-
-
-class _Log:
-    """Stands in for a Stage: keeps the figures."""
-
-    main = True
-
-    def __init__(self):
-        self.lines = []
-
-    def log(self, step, **figures):
-        self.lines.append({"step": step, **figures})
-
-
-def _gradients(trainer):
-    recorder, log = _Recorder(), _Log()
-    trainer.add_callback(recorder)
-    trainer.follow(log, 1, "test")
-    trainer.run()
-    return torch.stack(recorder.gradients), log.lines
-
-
 def _demonstrations(start, count):
     encoder = load_encoder(str(start / "pretrain" / "model"))
     rows = list(read_jsonl(start / "data" / "demonstrations" / "train.jsonl"))[:count]
@@ -377,22 +350,22 @@ def _same_but_for_rounding(found, wanted):
 
 @pytest.mark.parametrize("kind", ["sft", "sft with prompts", "reward"])
 def test_P4_microbatches_change_nothing_but_rounding(start, tmp_path, kind):
-    whole, *others = (_gradients(_two_steps(start, tmp_path / str(microbatch), kind, microbatch)) for microbatch in (8, 2, 1))
+    whole, *others = (gradients_of_steps(_two_steps(start, tmp_path / str(microbatch), kind, microbatch)) for microbatch in (8, 2, 1))
     for found in others:
         _same_but_for_rounding(found, whole)
 
 
 @pytest.mark.parametrize("kind", ["sft", "sft with prompts", "reward"])
 def test_P4_workers_change_nothing_but_rounding(start, tmp_path, monkeypatch, kind):
-    alone = _gradients(_two_steps(start, tmp_path / "alone", kind, 4))
+    alone = gradients_of_steps(_two_steps(start, tmp_path / "alone", kind, 4))
     monkeypatch.setattr(trl_trainers, "workers_for", lambda accelerator, model: Workers(3))  # a microbatch of 4: two rows, one, one
-    _same_but_for_rounding(_gradients(_two_steps(start, tmp_path / "three", kind, 4)), alone)
+    _same_but_for_rounding(gradients_of_steps(_two_steps(start, tmp_path / "three", kind, 4)), alone)
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_P4_memory_that_runs_out_halves_the_microbatches_and_changes_nothing_but_rounding(start, tmp_path, monkeypatch, capsys, kind):
     trainers = {size: _two_steps(start, tmp_path / str(size), kind, size) for size in (8, 4)}
-    wanted = _gradients(trainers[8])
+    wanted = gradients_of_steps(trainers[8])
     plain, tried = trainers[4].compute_loss, []
 
     def second_of_four_rows_fails(model, inputs, *args, **kwargs):
@@ -405,7 +378,7 @@ def test_P4_memory_that_runs_out_halves_the_microbatches_and_changes_nothing_but
 
     monkeypatch.setattr(trainers[4], "compute_loss", second_of_four_rows_fails)
     capsys.readouterr()
-    _same_but_for_rounding(_gradients(trainers[4]), wanted)
+    _same_but_for_rounding(gradients_of_steps(trainers[4]), wanted)
     assert tried == [4, 4, 2, 2, 2, 2, 2, 2, 2, 2]  # the first step again in halves, the second at once so
     assert capsys.readouterr().out.count("memory ran out: microbatches have at most 2 rows from here on, with the same result (sft.microbatch)") == 1
 
@@ -418,7 +391,7 @@ def test_a_row_that_does_not_fit_into_memory_stops_the_stage(start, tmp_path, mo
 
     monkeypatch.setattr(trainer, "compute_loss", fails)
     with pytest.raises(TrainingStopped, match="at most 1 rows.*sft.microbatch"):
-        _gradients(trainer)
+        gradients_of_steps(trainer)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
@@ -436,7 +409,7 @@ def test_B3_B5_sft_loss_is_completion_mean_plus_weighted_prompt_mean(start, tmp_
     assert len(completion_losses) == sum(len(c) for _, c in rows)
     wanted = sum(completion_losses) / len(completion_losses) + weight * sum(prompt_losses) / len(prompt_losses)
     recipe = Recipe("sft", 1, 8, 4, 1e-4, "linear", 3, "no")
-    _, lines = _gradients(DemonstrationTrainer(policy, rows, encoder, recipe, _config(tmp_path).run, tmp_path, weight))
+    _, lines = gradients_of_steps(DemonstrationTrainer(policy, rows, encoder, recipe, _config(tmp_path).run, tmp_path, weight))
     assert lines[0]["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -448,7 +421,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(start, tmp_path):
 
 
 def test_A4_a_loss_that_is_no_number_is_left_out_even_where_its_gradient_is_one(start, tmp_path, monkeypatch, capsys):
-    trainer, weights, log = _two_steps(start, tmp_path, "sft", 8), [], _Log()
+    trainer, weights, log = _two_steps(start, tmp_path, "sft", 8), [], KeepsFigures()
     plain, plain_log = trainer.loss_and_sums, trainer.log
 
     def second_is_no_number(model, inputs, num_items_in_batch):

@@ -11,7 +11,7 @@ from rlhf.compute import my_share, sharded
 from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import TrainingStopped
-from rlhf.memory import Microbatch
+from rlhf.memory import Microbatch, trim
 from rlhf.models import add_lora, attention_kernel, compile_blocks, load_policy
 from rlhf.passes import PolicyAndValue
 from rlhf.ppo import UpdateSettings, update
@@ -55,6 +55,7 @@ class Learner:
         with self.clock("sample"), accelerator.autocast():
             completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, len(mine),
                                  self.workers)
+        trim()  # of the keys and values of all rows
         with self.clock("score"), accelerator.autocast():
             scores_B = self.scorer([p.messages for p in mine], completions, encoder)
         scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)

@@ -10,7 +10,8 @@ import torch
 from rlhf.errors import TrainingStopped
 from rlhf.progress import say
 
-WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")  # as CUDA and the CPU allocator put it
+WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc",  # as CUDA and the CPU allocator put it
+         "could not create a primitive", "could not execute a primitive", "could not create a memory object")  # oneDNN gives no reason
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -19,8 +20,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """Returns freed memory to the system, which glibc keeps otherwise: a stage in one process with others would add to what they left."""
+    """Returns all that is no longer used to the system: a stage in one process with others would add to what they left."""
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Returns freed memory to the system, which glibc keeps otherwise in pieces that the next phase's tensors may not fit into."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -44,11 +50,12 @@ class Microbatch:
                 if not is_out_of_memory(error):
                     raise
                 if self.size <= least or sharded:
-                    raise TrainingStopped(f"memory ran out in a microbatch of at most {self.size} {self.unit} (one row: at most {least}); the "
-                                          f"last checkpoint is whole. Lower {self.setting}, data.max_prompt_tokens or "
+                    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise TrainingStopped(f"memory ran out in a microbatch of at most {self.size} {self.unit} (one row: at most {least}): {said}. "
+                                          f"The last checkpoint is whole. Lower {self.setting}, data.max_prompt_tokens or "
                                           "data.max_completion_tokens") from None
             # Outside of the except block, where the failed try's tensors are no longer held by its traceback
-            gc.collect()
+            give_back()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.size = max(least, self.size // 2)

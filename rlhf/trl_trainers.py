@@ -96,8 +96,8 @@ def _arguments(kind, recipe: Recipe, run: Run, folder: Path, **more):
         gradient_accumulation_steps=share // microbatch, learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule,
         warmup_steps=int(WARMUP * recipe.steps), optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, bf16=recipe.precision == "bf16",
         use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential", remove_unused_columns=False,
-        ddp_broadcast_buffers=False, dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(), save_strategy="steps", save_steps=run.save_every,
-        logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, max_length=None,
+        dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(), ddp_broadcast_buffers=False, save_strategy="steps",
+        save_steps=run.save_every, logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, max_length=None,
         **{checkpointing: False}, **more)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: more of them are accelerate's business
     return arguments

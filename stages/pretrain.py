@@ -23,14 +23,15 @@ from torch import nn
 
 from rlhf.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.cli import run_stage
-from rlhf.compute import average_gradients, describe, start, sum_over_processes
+from rlhf.compute import average_gradients, describe, sharded, start, sum_over_processes
 from rlhf.config import Config
 from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import SKIPS_IN_A_ROW, InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder
 from rlhf.logprobs import linear_cross_entropy
-from rlhf.masking import WIDTH_STEP, length_mask, right_pad
+from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
+from rlhf.memory import Microbatch
 from rlhf.models import attention_kernel, load_encoder, new_gpt, parameter_count, save_model, train_tokenizer
 from rlhf.optimizers import linear_lr, pretraining_optimizers, set_lr
 from rlhf.passes import by_tokens
@@ -68,6 +69,7 @@ def main(config: Config) -> None:
     workers = workers_for(accelerator, gpt)
     optimizers = pretraining_optimizers(gpt, settings.lr, settings.matrix_lr, settings.weight_decay)
     model, *optimizers = accelerator.prepare(NextTokenLoss(gpt), *optimizers)
+    microbatch = Microbatch(settings.batch_tokens, "pretrain.batch_tokens", "padded tokens")
     state = {"skips_in_a_row": 0, **load_checkpoint(accelerator, stage)}
     first, skips = state["step"], state["skips_in_a_row"]
     stage.forget_after(first)
@@ -78,7 +80,7 @@ def main(config: Config) -> None:
             share = linear_lr(step, settings.steps, WARMUP)
             for optimizer in optimizers:
                 set_lr(optimizer, share)
-            loss, count = _backward(accelerator, workers, model, batches(step), encoder.pad_id)
+            loss, count = _backward(accelerator, workers, model, batches(step), encoder.pad_id, microbatch)
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
             skipped = not (math.isfinite(grad_norm) and math.isfinite(loss))
             skips = skips + 1 if skipped else 0
@@ -182,16 +184,22 @@ def _one_pass(lengths: np.ndarray, budget: int, seed: int) -> list[list[int]]:
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def _backward(accelerator, workers: Workers, model, rows: list[list[int]], pad_id: int) -> tuple[float, int]:
+def _backward(accelerator, workers: Workers, model, rows: list[list[int]], pad_id: int, microbatch: Microbatch) -> tuple[float, int]:
     """Leaves the gradient of the mean loss over all processes' tokens in .grad; returns that mean, nats, and the number of tokens."""
     count = int(sum_over_processes(accelerator, torch.tensor(sum(len(row) - 1 for row in rows), device=accelerator.device)))
-    parts = [part for start_at in range(workers.count) if (part := rows[start_at :: workers.count])]
+    width = round_up(max(map(len, rows)), WIDTH_STEP)
 
     def mean_loss(part):
         loss = _loss(model, part, pad_id, accelerator.device) / count
         return loss * accelerator.num_processes, loss.detach()  # gradients' mean over processes is undone
 
-    losses = accumulate(accelerator, workers, model, [partial(mean_loss, part) for part in parts])
+    def attempt(tokens: int) -> list[torch.Tensor]:
+        model.zero_grad()  # of a try that did not fit into memory
+        share = max(workers.count, math.ceil(len(rows) * width / tokens))
+        parts = [part for start_at in range(share) if (part := rows[start_at::share])]
+        return accumulate(accelerator, workers, model, [partial(mean_loss, part) for part in parts])
+
+    losses = microbatch.attempt(attempt, width, sharded(accelerator))
     average_gradients(accelerator, model)
     return sum_over_processes(accelerator, sum(losses)).item(), count
 

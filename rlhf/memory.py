@@ -32,10 +32,11 @@ def trim() -> None:
 
 
 class Microbatch:
-    """How much a microbatch may hold, in `unit`s; once halved it stays so for the rest of the run."""
+    """How much a microbatch may hold, in `unit`s; once halved it stays so for the rest of the run. `shorter`: settings that make a row shorter."""
 
-    def __init__(self, size: int, setting: str = "ppo.microbatch_tokens", unit: str = "tokens"):
-        self.size, self.setting, self.unit = size, setting, unit
+    def __init__(self, size: int, setting: str = "ppo.microbatch_tokens", unit: str = "tokens",
+                 shorter: tuple[str, ...] = ("data.max_prompt_tokens", "data.max_completion_tokens")):
+        self.size, self.setting, self.unit, self.shorter = size, setting, unit, shorter
 
     def attempt(self, function: Callable[[int], object], least: int, sharded: bool = False):
         """function(size), tried anew with half the size while memory runs out, down to `least` units: one row.
@@ -52,8 +53,8 @@ class Microbatch:
                 if self.size <= least or sharded:
                     said = (str(error).strip() or type(error).__name__).splitlines()[0]
                     raise TrainingStopped(f"memory ran out in a microbatch of at most {self.size} {self.unit} (one row: at most {least}): {said}. "
-                                          f"The last checkpoint is whole. Lower {self.setting}, data.max_prompt_tokens or "
-                                          "data.max_completion_tokens") from None
+                                          f"The last checkpoint is whole. Lower {', '.join((self.setting, *self.shorter[:-1]))} or "
+                                          f"{self.shorter[-1]}") from None
             # Outside of the except block, where the failed try's tensors are no longer held by its traceback
             give_back()
             if torch.cuda.is_available():

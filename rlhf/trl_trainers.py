@@ -147,9 +147,9 @@ class _StageTrainer:
             batches = [inputs] if parts == [places] else map(self._batch, parts)
             return sum(super(_StageTrainer, self).training_step(model, batch, num_items_in_batch) for batch in batches)
 
-        whole = not sharded(self.accelerator)
-        with self.accelerator.no_sync(model) if whole else contextlib.nullcontext():
-            loss = self.microbatch.attempt(attempt, 1, not whole)
+        in_parts = sharded(self.accelerator)
+        with contextlib.nullcontext() if in_parts else self.accelerator.no_sync(model):
+            loss = self.microbatch.attempt(attempt, 1, in_parts)
         if self.accelerator.sync_gradients:  # the last microbatch of the step
             average_gradients(self.accelerator, model)
         return loss

@@ -69,11 +69,12 @@ def main(config: Config) -> None:
     workers = workers_for(accelerator, gpt)
     optimizers = pretraining_optimizers(gpt, settings.lr, settings.matrix_lr, settings.weight_decay)
     model, *optimizers = accelerator.prepare(NextTokenLoss(gpt), *optimizers)
-    microbatch = Microbatch(settings.batch_tokens, "pretrain.batch_tokens", "padded tokens")
+    budget = settings.batch_tokens // accelerator.num_processes  # padded tokens of a step
+    microbatch = Microbatch(budget, "pretrain.batch_tokens", "padded tokens", ("pretrain.block",))
     state = {"skips_in_a_row": 0, **load_checkpoint(accelerator, stage)}
     first, skips = state["step"], state["skips_in_a_row"]
     stage.forget_after(first)
-    batches, clock, seen = _batches(rows, settings.batch_tokens // accelerator.num_processes, config.seed, accelerator), time.perf_counter(), 0
+    batches, clock, seen = _batches(rows, budget, config.seed, accelerator), time.perf_counter(), 0
 
     with Progress("pretrain", settings.steps, first) as bar:
         for step in range(first, settings.steps):

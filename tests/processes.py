@@ -3,6 +3,7 @@
     python -m tests.processes OUT KIND       or       accelerate launch --config_file configs/accelerate/cpu-2.yaml -m tests.processes OUT KIND
 """
 
+import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -38,17 +39,20 @@ def mean_id(completion: list[int]) -> float:
     return sum(completion) / len(completion) / 100
 
 
-def memory_runs_out_once(process: int):
-    """A context in which the second microbatch of that process does not fit into memory."""
-    plain, tried = rlhf.ppo._ppo_loss, []
+@contextlib.contextmanager
+def memory_runs_out_once(owner, name: str, here: bool):
+    """While it lasts, and if it is to happen `here`, the second call of the function owner.name, of a microbatch, finds no memory."""
+    plain, tried = getattr(owner, name), []
 
-    def loss(accelerator, *rest):
+    def loss(*args, **kwargs):
         tried.append(len(tried))
-        if accelerator.process_index == process and len(tried) == 2:
+        if here and len(tried) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(accelerator, *rest)
+        return plain(*args, **kwargs)
 
-    return mock.patch.object(rlhf.ppo, "_ppo_loss", loss)
+    with mock.patch.object(owner, name, loss):
+        yield
+    assert len(tried) >= 2, "memory never ran out"
 
 
 def one_update(accelerator, kind: str) -> dict:
@@ -62,7 +66,7 @@ def one_update(accelerator, kind: str) -> dict:
     how = settings(microbatch_tokens=100, ptx_coef=0.5)
     figures = update(accelerator, model, recorder, rollout, how, encoder.pad_id, seed=3, ptx_rows=ptx)
     again = KeepsGradients(inner)
-    with memory_runs_out_once(process=1):
+    with memory_runs_out_once(rlhf.ppo, "_ppo_loss", here=accelerator.process_index == 1):
         update(accelerator, model, again, rollout, how, encoder.pad_id, seed=3, ptx_rows=ptx)
     return {"rollout": dataclasses.asdict(rollout), "figures": figures, "steps": recorder.steps, "steps_again": again.steps}
 
@@ -72,16 +76,8 @@ def two_sft_steps(encoder, fails_in: int | None = None) -> tuple:
     demonstrations = [(p, encoder.completion_ids(CORPUS[i % 6])) for i, p in enumerate(some_prompts(encoder, 24))]
     with tempfile.TemporaryDirectory() as folder:
         trainer = DemonstrationTrainer(nano(encoder), demonstrations, encoder, Recipe("sft", 2, 8, 2, 1e-4, "linear", 3, "no"), Run(), Path(folder))
-        plain, tried = trainer.compute_loss, []
-
-        def loss(*args, **kwargs):
-            tried.append(len(tried))
-            if trainer.accelerator.process_index == fails_in and len(tried) == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return plain(*args, **kwargs)
-
-        trainer.compute_loss = loss
-        return gradients_of_steps(trainer)
+        with memory_runs_out_once(trainer, "compute_loss", here=trainer.accelerator.process_index == fails_in):
+            return gradients_of_steps(trainer)
 
 
 def ten_rollouts(accelerator, kind: str) -> list[dict]:

@@ -132,7 +132,42 @@ def add_lora(model, rank: int, alpha: int, task: str):
         return model
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task))
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task))
+    for layer in adapted_layers(adapted):
+        layer.cast_input_dtype_enabled = False  # to fp32, from which autocast casts back: the same numbers, two copies of every input later
+    return adapted
+
+
+def adapted_layers(model) -> list:
+    """The layers of a model that LoRA adapts; none of any other."""
+    if not hasattr(model, "disable_adapter"):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+
+
+@contextlib.contextmanager
+def adapters_merged(model):
+    """LoRA's adapters inside the weights, in the precision of the passes, while the block runs: for passes without gradients.
+
+    A pass is then one of the plain model, up to rounding. The frozen weights come back as they were, to the bit: nothing is subtracted again.
+    """
+    layers = adapted_layers(model)
+    frozen = [layer.get_base_layer().weight.data for layer in layers]
+    try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            device = weight.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                merged = sum((layer.get_delta_weight(adapter) for adapter in layer.active_adapters), start=weight)
+            weight.data = merged.to(dtype)
+        with model.disable_adapter() if layers else contextlib.nullcontext():
+            yield
+    finally:
+        for layer, weight in zip(layers, frozen, strict=True):
+            layer.get_base_layer().weight.data = weight
 
 
 def unwrapped(model):

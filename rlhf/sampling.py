@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from rlhf.encoding import Encoder
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
-from rlhf.models import as_written, unwrapped
+from rlhf.models import adapters_merged, as_written, unwrapped
 from rlhf.workers import ALONE, Workers
 
 WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
@@ -79,7 +79,8 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
             return _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
 
     completions: list[list[int]] = [[] for _ in prompts]
-    with _cast_once(policy), _attention_for_sampling(policy), as_written():  # a past that grows would be compiled again and again
+    # as_written: a past that grows would be compiled again and again
+    with adapters_merged(policy), _cast_once(policy), _attention_for_sampling(policy), as_written():
         for rows, sampled in zip(parts, workers.map(completions_of, parts), strict=True):
             for i, ids in zip(rows, sampled, strict=True):
                 completions[i] = ids

@@ -1,15 +1,16 @@
 """The sampler against a naive one that recomputes everything, one row at a time, without cache or padding (CANON B2, S1, S2)."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf.models import add_lora
+from rlhf.models import adapted_layers, adapters_merged, add_lora
 from rlhf.sampling import _draw, draw_uniforms, sample
 from rlhf.workers import Workers
-from tests.helpers import llama, nano, some_prompts, tiny_encoder
+from tests.helpers import llama, nano, rough, snapshot, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
 PROMPTS = some_prompts(ENCODER, 12)
@@ -201,3 +202,28 @@ def test_S1_first_tokens_are_distributed_as_softmax_of_logits_over_temperature(t
     freedom = len(cells) - 1
     assert freedom > 10
     assert statistic < freedom + 3.0 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("model", [nano, llama])
+def test_adapters_are_in_the_weights_while_it_samples_and_the_weights_come_back_to_the_bit(model):
+    policy = rough(add_lora(model(ENCODER), 2, 4, "CAUSAL_LM"), 5, 0.2).eval()
+    ids, before = torch.tensor(PROMPTS[:1]), snapshot(policy)
+    plain = copy.deepcopy(policy).merge_and_unload()
+    with torch.no_grad():
+        adapted = policy(input_ids=ids).logits
+        with pytest.raises(KeyError), adapters_merged(policy):
+            merged = policy.get_base_model()(input_ids=ids).logits
+            raise KeyError
+        again = policy(input_ids=ids).logits
+        with torch.autocast("cpu", torch.bfloat16), adapters_merged(policy):
+            assert {layer.get_base_layer().weight.dtype for layer in adapted_layers(policy)} == {torch.bfloat16}
+    torch.testing.assert_close(merged, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again, adapted) and not torch.allclose(adapted, logits_without_adapters(policy, ids), atol=1e-2)
+    assert all(torch.equal(weights, before[name]) for name, weights in snapshot(policy).items())
+
+
+def logits_without_adapters(policy, ids):
+    """What the model says without its adapters."""
+    with policy.disable_adapter(), torch.no_grad():
+        return policy(input_ids=ids).logits

@@ -27,7 +27,7 @@ BATCHES, LENGTHS, MODELS = (16, 32, 64, 128, 256), (16, 32, 64, 128), ("nano", "
 AXES = {  # name: (title, what a point varies, x of a point, its label)
     "batch": ("PPO step over batch sizes", "ppo.batch_size", "tokens", "real tokens in a rollout"),
     "length": ("PPO step over completion lengths, fresh weights", "data.max_completion_tokens", "tokens", "real tokens in a rollout"),
-    "size": ("PPO step over model sizes, fresh weights", "model.size", "parameters", "parameters of policy and value model"),
+    "size": ("PPO step over model sizes, fresh weights", "model.size", "parameters", "million parameters of policy and value model"),
 }
 LINES = {"step": ("whole step", "ppo"), "update": ("update", "sft"), "sample": ("sample", "extra-1")}
 
@@ -97,8 +97,10 @@ def _timed(run: Path, settings: list[str], steps: int) -> dict:
 
 def _chart(axis: str, title: str, points: list[dict]) -> str:
     _, _, x, label = AXES[axis]
-    lines = [Series(name, [p[x] for p in points], [p["seconds"][phase] for p in points], slot, marked=True) for phase, (name, slot) in LINES.items()]
-    return line_chart(axis, f"{title}: seconds", lines, xlabel=label)
+    unit = 1e6 if x == "parameters" else 1
+    lines = [Series(name, [p[x] / unit for p in points], [p["seconds"][phase] for p in points], slot, marked=True)
+             for phase, (name, slot) in LINES.items()]
+    return line_chart(axis, f"{title}: seconds", lines, xlabel=label, ylabel="seconds")
 
 
 def as_markdown(points: list[dict]) -> str:

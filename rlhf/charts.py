@@ -57,7 +57,8 @@ def slots_of(policies: Sequence[str]) -> dict[str, str]:
     return {name: KNOWN_SLOTS.get(name) or ("best-of" if name.startswith("best_of_") else next(spare)) for name in policies}
 
 
-def line_chart(name: str, title: str, series: Sequence[Series], xlabel: str = "step", reference: float | None = None) -> str:
+def line_chart(name: str, title: str, series: Sequence[Series], xlabel: str = "step", reference: float | None = None,
+               ylabel: str | None = None) -> str:
     """Lines over steps as SVG; long noisy lines are thin with their running mean on top. ``reference``: a dashed level such as chance."""
     with _page_style():
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -67,6 +68,7 @@ def line_chart(name: str, title: str, series: Sequence[Series], xlabel: str = "s
         for line in series:
             _draw_line(axes, line)
         axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
         if len(series) > 1:
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(series), borderpad=0, handlelength=1.4)
         return _svg(figure, name, title)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from rlhf.runs import Stage
+from rlhf.sharding import full
 
 KEPT = "kept.safetensors"
 
@@ -26,8 +27,8 @@ def save_checkpoint(accelerator: Accelerator, stage: Stage, step: int, keep: int
     accelerator.wait_for_everyone()
     accelerator.save_state(str(beside), safe_serialization=True)
     accelerator.wait_for_everyone()
+    tensors = {f"{name}/{key}": full(tensor) for name, one in (kept or {}).items() for key, tensor in one.state_dict().items()}
     if stage.main:
-        tensors = {f"{name}/{key}": tensor for name, one in (kept or {}).items() for key, tensor in one.state_dict().items()}
         save_file(tensors, beside / KEPT)
         (beside / "numbers.json").write_text(json.dumps({"step": step, **numbers}))
         shutil.rmtree(path, ignore_errors=True)

@@ -14,12 +14,18 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 
 def start(config: Config, seed_offset: int = 0) -> Accelerator:
-    """An accelerator in the run's precision, threads set, every generator seeded alike on all processes."""
+    """An accelerator in the run's precision, threads set, every generator seeded alike on all processes.
+
+    Raises InputError for settings that a sharded model cannot have.
+    """
     quiet_libraries()
     torch.set_num_threads(threads_per_process(config.run.threads))
     # No pass may need the other processes: where memory runs out in one of them, it alone tries again (rlhf/memory.py)
     alone = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.run.precision), kwargs_handlers=[alone])
+    if sharded(accelerator) and config.model.lora_rank:
+        raise InputError(f"model.lora_rank={config.model.lora_rank} with a model sharded among {accelerator.num_processes} processes: found no need "
+                         "of both, adapters are few; launch with configs/accelerate/ddp.yaml, or set model.lora_rank=0")
     set_seed(config.seed + seed_offset)
     return accelerator
 

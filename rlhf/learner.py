@@ -13,12 +13,13 @@ from rlhf.encoding import Encoder
 from rlhf.errors import TrainingStopped
 from rlhf.memory import Microbatch, trim
 from rlhf.models import add_lora, attention_kernel, compile_blocks, load_policy
-from rlhf.passes import PolicyAndValue
+from rlhf.passes import PolicyAndValue, make_rows
 from rlhf.ppo import UpdateSettings, update
 from rlhf.prompts import Prompt
 from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableScorer, Scorer, load_scorer, member_folders, with_missing_eos, with_mix
+from rlhf.sharding import whole
 from rlhf.value import new_value_model, ppo_optimizer
 from rlhf.workers import ALONE, workers_for
 
@@ -42,6 +43,8 @@ class Learner:
                 compile_blocks(part, config.model.compile)
         model = PolicyAndValue(self.policy, value_model)
         self.model, self.optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr, settings.last_norm_lr))
+        if sharded(accelerator):
+            _call_once(self.model, encoder, device)
         # Adapters are switched off for all threads at once
         self.workers = ALONE if config.model.lora_rank else workers_for(accelerator, self.model)
         self.ref_logprobs = reference(ref_policy, self.policy, settings.temperature, accelerator.autocast)
@@ -52,14 +55,14 @@ class Learner:
         settings, accelerator, encoder = self.config.ppo, self.accelerator, self.encoder
         mine = my_share(accelerator, rows)
         uniforms_BC = draw_uniforms(len(rows), self.config.data.max_completion_tokens, self.config.seed, *seeds)
-        with self.clock("sample"), accelerator.autocast():
+        with whole(self.model), self.clock("sample"), accelerator.autocast():
             completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, len(mine),
                                  self.workers)
         trim()  # of the keys and values of all rows
         with self.clock("score"), accelerator.autocast():
             scores_B = self.scorer([p.messages for p in mine], completions, encoder)
         scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)
-        with self.clock("forward"), accelerator.autocast():
+        with whole(self.model), self.clock("forward"), accelerator.autocast():
             pairs = [(p.ids, c) for p, c in zip(mine, completions, strict=True)]
             longest = max(len(p) + len(c) for p, c in pairs)
             tokens = self.microbatch.attempt(lambda budget: evaluate_tokens(
@@ -76,6 +79,13 @@ class Learner:
             return update(self.accelerator, self.model, self.optimizer, rollout, update_settings(self.config.ppo, step), self.encoder.pad_id,
                           seed=self.config.seed * 1_000_003 + step, ptx_rows=ptx_rows, after_step=after_step, workers=self.workers,
                           microbatch=self.microbatch, on_skip=on_skip)
+
+
+@torch.no_grad()
+def _call_once(model, encoder: Encoder, device) -> None:
+    """A pass of the whole module: FSDP2 takes what is called first for the root of what it shards, and sampling calls the policy inside."""
+    with whole(model):
+        model(make_rows([[encoder.eos_id]], [[encoder.eos_id]], encoder.pad_id, device), 1.0)
 
 
 def scorer_of(config: Config, within: Path, attention: str, device) -> tuple[Scorer, list[Path]]:

@@ -98,6 +98,8 @@ class PolicyAndValue(nn.Module):
     def __init__(self, policy, value_model: ValueModel):
         super().__init__()
         self.policy, self.value_model = policy, value_model
+        networks = (unwrapped(policy), value_model.trunk)
+        self._no_split_modules = sorted({name for network in networks for name in getattr(network, "_no_split_modules", None) or ()})
 
     def forward(self, rows: Rows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(logprobs_BC, entropy_BC, values_BC)."""

@@ -12,6 +12,7 @@ from rlhf.losses import language_model_loss, policy_loss, value_loss
 from rlhf.memory import Microbatch
 from rlhf.passes import PolicyAndValue, make_rows, split_to, tight_groups
 from rlhf.rollout import Rollout
+from rlhf.sharding import shared_as
 from rlhf.workers import ALONE, Workers, accumulate
 
 
@@ -186,4 +187,4 @@ class MovingAverage:
 
     def load_state_dict(self, state: dict) -> None:
         for name, tensor in state.items():
-            self.average[name].copy_(tensor)
+            self.average[name].copy_(shared_as(tensor, like=self.average[name]))

@@ -9,6 +9,7 @@ import math
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rlhf.losses import ranking_loss
@@ -85,7 +86,7 @@ class Fp32Linear(nn.Linear):
 
     def forward(self, input):  # noqa: A002 - nn.Linear's name for it
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float())
+            return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())  # FSDP gathers it in bf16
 
 
 def fp32_head(reward_model) -> nn.Linear:

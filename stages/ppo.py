@@ -22,10 +22,10 @@ from rlhf.alarms import ringing
 from rlhf.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.cli import run_stage
 from rlhf.comparison import distinct_n
-from rlhf.compute import describe, peak_memory_mb, start
+from rlhf.compute import describe, peak_memory_mb, sharded, start
 from rlhf.config import Config
 from rlhf.encoded import demonstrations
-from rlhf.errors import SKIPS_IN_A_ROW, TrainingStopped
+from rlhf.errors import SKIPS_IN_A_ROW, InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder, write_jsonl
 from rlhf.kl import adapted_kl_coef
 from rlhf.learner import Learner
@@ -35,6 +35,7 @@ from rlhf.ppo import MovingAverage
 from rlhf.progress import Progress, say
 from rlhf.prompts import gold_scores, load_prompts, prompts_of_step
 from rlhf.runs import open_stage
+from rlhf.sharding import whole
 
 CARRIED = ("kl_coef", "bad_rollouts", "best_objective", "best_rollout")  # from one rollout to the next, through checkpoints too
 
@@ -47,6 +48,9 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         say(f"ppo: already done in {stage.folder}")
         return
     accelerator = start(config)
+    if sharded(accelerator) and settings.batch_size // settings.minibatches % accelerator.num_processes:
+        raise InputError(f"ppo.batch_size={settings.batch_size} / ppo.minibatches={settings.minibatches}: found minibatches that "
+                         f"{accelerator.num_processes} processes cannot share equally, as those must that hold a sharded model; change one of them")
     encoder = load_encoder(str(run / "sft" / "model"), config.model.trust_remote_code)
     prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)
     held_out = load_prompts(config.run.dir, "eval", encoder, config.data.max_prompt_tokens)[: settings.eval_prompts]
@@ -85,9 +89,10 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
 
     def save(place: Path) -> None:
         """The policy as it is now, from the main process; a copy of one with LoRA, whose adapters saving merges for good."""
-        if stage.main:
-            with replacing_folder(place) as folder:
-                save_model(copy.deepcopy(learner.policy) if config.model.lora_rank else learner.policy, encoder, folder)
+        with whole(model):
+            if stage.main:
+                with replacing_folder(place) as folder:
+                    save_model(copy.deepcopy(learner.policy) if config.model.lora_rank else learner.policy, encoder, folder)
 
     with Progress("ppo", settings.rollouts, state["step"]) as bar:
         for step in range(state["step"], settings.rollouts):

@@ -37,6 +37,7 @@ from rlhf.optimizers import linear_lr, pretraining_optimizers, set_lr
 from rlhf.passes import by_tokens
 from rlhf.progress import Progress, say
 from rlhf.runs import open_stage
+from rlhf.sharding import whole
 from rlhf.workers import Workers, accumulate, workers_for
 
 TOKENIZER_DOCUMENTS = 50_000  # enough for a stable vocabulary of a few thousand tokens
@@ -106,9 +107,10 @@ def main(config: Config) -> None:
                 save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, skips_in_a_row=skips)
 
     eval_loss = _eval_loss(workers, model, held_out, encoder.pad_id, accelerator.device)
-    if stage.main:
-        with replacing_folder(stage.model) as folder:
-            save_model(gpt, encoder, folder)
+    with whole(model):
+        if stage.main:
+            with replacing_folder(stage.model) as folder:
+                save_model(gpt, encoder, folder)
     say(f"pretrain: held-out loss {eval_loss:.3f} nats a token; model in {stage.model}")
     stage.finish(eval_loss=eval_loss)
 
@@ -119,6 +121,7 @@ class NextTokenLoss(nn.Module):
     def __init__(self, gpt):
         super().__init__()
         self.gpt = gpt
+        self._no_split_modules = gpt._no_split_modules  # what FSDP shards as one
 
     def forward(self, ids_BT, mask_BT) -> torch.Tensor:
         """Sum over real tokens of -log p of the next one, nats. No attention mask: padding is on the right, where nothing real looks."""

@@ -1,0 +1,60 @@
+"""Models whose weights FSDP2 shards among processes, whole for a while: for sampling, scoring, evaluation and saving.
+
+There each process goes through passes of its own number, or the main process alone through any. A sharded model gathers its weights in every
+pass, and would wait for ever for processes that make none. Gathered beforehand, passes need nobody else.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+
+
+def _units(model: nn.Module) -> list:
+    """The parts of a model whose weights FSDP2 gathers at once; none of a model that is not sharded."""
+    if not torch.distributed.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module):
+    """While the block runs every process has all weights, and passes without gradients communicate nothing. All processes enter it together.
+
+    A sharded model must have been called once before. The weights must not change inside. Does nothing to a model that is not sharded.
+    """
+    units = _units(model)
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """By name, of a model that is `whole` just now (its own state_dict would be this process's part); None of one that is not sharded."""
+    if not _units(model):
+        return None
+    lasting = {f"{path}.{name}" for path, part in model.named_modules() for name in part._buffers if name not in part._non_persistent_buffers_set}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in lasting}
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)} | buffers
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process may hold a part; all processes call it together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shared_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor`, whole on all processes, shared out among them as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -32,7 +32,7 @@ from rlhf.config import Config, load_config
 from rlhf.errors import InputError
 from rlhf.learner import Learner
 from rlhf.masking import left_pad, left_pad_mask
-from rlhf.models import load_encoder, parameter_count
+from rlhf.models import as_written, load_encoder, parameter_count
 from rlhf.paths import PACKAGE
 from rlhf.progress import say
 from rlhf.prompts import Prompt, load_prompts, prompts_of_step
@@ -200,10 +200,11 @@ def _sampled(learner: Learner, prompts: list[list[int]], number: int) -> list[li
 @torch.inference_mode()
 def _generated(learner: Learner, prompts: list[list[int]], number: int) -> list[list[int]]:
     encoder, device = learner.encoder, learner.accelerator.device
-    ids = learner.policy.generate(
-        input_ids=left_pad(prompts, encoder.pad_id).to(device), attention_mask=left_pad_mask([len(p) for p in prompts]).long().to(device),
-        do_sample=True, temperature=learner.config.ppo.temperature, top_k=0, top_p=1.0, max_new_tokens=learner.config.data.max_completion_tokens,
-        pad_token_id=encoder.pad_id, eos_token_id=encoder.eos_id)
+    with as_written():  # as in our sampler: a past that grows would be compiled again and again
+        ids = learner.policy.generate(
+            input_ids=left_pad(prompts, encoder.pad_id).to(device), attention_mask=left_pad_mask([len(p) for p in prompts]).long().to(device),
+            do_sample=True, temperature=learner.config.ppo.temperature, top_k=0, top_p=1.0, pad_token_id=encoder.pad_id,
+            max_new_tokens=learner.config.data.max_completion_tokens, eos_token_id=encoder.eos_id)
     return [encoder.until_end(row) for row in ids[:, max(map(len, prompts)):].tolist()]
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil  # accelerate brings it
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -38,12 +39,17 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     for stage in (reward, ppo):
         stage.main(config)
     fsdp = {name: value for name, value in prepare_multi_gpu_env(_launch_arguments("fsdp2.yaml")).items() if name.startswith("FSDP_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml", "-m", "tests.sharded", *SETTINGS,
-         f"run.dir={two}"], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", **fsdp})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "stopped after a checkpoint" in done.stdout and "2 processes on cpu" in done.stdout
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml", "-m", "tests.sharded"]
+    with subprocess.Popen([*command, *SETTINGS, f"run.dir={two}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", **fsdp}) as launched:
+        try:
+            said, _ = launched.communicate(timeout=300)
+        except subprocess.TimeoutExpired:  # processes that wait for each other would go on doing so
+            for one_of_them in (*psutil.Process(launched.pid).children(recursive=True), launched):
+                one_of_them.kill()
+            raise
+    assert launched.returncode == 0, said[-6000:]
+    assert "stopped after a checkpoint" in said and "2 processes on cpu" in said
     return one, two
 
 

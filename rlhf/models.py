@@ -28,7 +28,6 @@ from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Enc
 from rlhf.errors import InputError
 from rlhf.progress import say
 from rlhf.rankings import fp32_head
-from rlhf.sharding import whole_weights
 
 # DEPARTS: B1's 1024 positions do not come with the size gpt2; model.context sets them (256), because rows here are short (GPT-2, section 2.3)
 SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabulary: 0.2M, 2.2M, 11.5M, 87M
@@ -119,11 +118,11 @@ def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remot
     return _fit(model, encoder)
 
 
-def save_model(model, encoder: Encoder, folder: Path) -> None:
-    """A plain Hugging Face folder (safetensors, tokenizer with chat template) that the Auto classes load. A sharded model is `whole` meanwhile."""
+def save_model(model, encoder: Encoder, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """A plain Hugging Face folder (safetensors, tokenizer with chat template) that the Auto classes load. `weights`: those of a sharded model."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    model.save_pretrained(folder, state_dict=whole_weights(model))
+    model.save_pretrained(folder, state_dict=weights)
     encoder.tokenizer.save_pretrained(folder)
 
 

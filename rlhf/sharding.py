@@ -37,13 +37,21 @@ def whole(model: nn.Module):
             unit.set_reshard_after_forward(True, recurse=False)
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """By name, of a model that is `whole` just now (its own state_dict would be this process's part); None of one that is not sharded."""
+def full_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor] | None:
+    """All weights by name, in the precision in which they are trained; None of a model that is not sharded.
+
+    All processes call it together, outside `whole` (whose weights are those of the passes); only those that `keep` them get them.
+    """
     if not _units(model):
         return None
     lasting = {f"{path}.{name}" for path, part in model.named_modules() for name in part._buffers if name not in part._non_persistent_buffers_set}
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in lasting}
-    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)} | buffers
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **{n: b for n, b in model.named_buffers() if n in lasting}}
+    gathered: dict[int, torch.Tensor | None] = {}  # tied weights stay one tensor, which is how transformers knows that they are
+    for tensor in named.values():
+        if id(tensor) not in gathered:
+            whole_one = full(tensor.detach())
+            gathered[id(tensor)] = whole_one.cpu() if keep else None
+    return {name: gathered[id(tensor)] for name, tensor in named.items()} if keep else {}
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

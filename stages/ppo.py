@@ -35,7 +35,7 @@ from rlhf.ppo import MovingAverage
 from rlhf.progress import Progress, say
 from rlhf.prompts import gold_scores, load_prompts, prompts_of_step
 from rlhf.runs import open_stage
-from rlhf.sharding import whole
+from rlhf.sharding import full_weights
 
 CARRIED = ("kl_coef", "bad_rollouts", "best_objective", "best_rollout")  # from one rollout to the next, through checkpoints too
 
@@ -89,10 +89,10 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
 
     def save(place: Path) -> None:
         """The policy as it is now, from the main process; a copy of one with LoRA, whose adapters saving merges for good."""
-        with whole(model):
-            if stage.main:
-                with replacing_folder(place) as folder:
-                    save_model(copy.deepcopy(learner.policy) if config.model.lora_rank else learner.policy, encoder, folder)
+        weights = full_weights(learner.policy, keep=stage.main)
+        if stage.main:
+            with replacing_folder(place) as folder:
+                save_model(copy.deepcopy(learner.policy) if config.model.lora_rank else learner.policy, encoder, folder, weights)
 
     with Progress("ppo", settings.rollouts, state["step"]) as bar:
         for step in range(state["step"], settings.rollouts):

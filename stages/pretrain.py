@@ -37,7 +37,7 @@ from rlhf.optimizers import linear_lr, pretraining_optimizers, set_lr
 from rlhf.passes import by_tokens
 from rlhf.progress import Progress, say
 from rlhf.runs import open_stage
-from rlhf.sharding import whole
+from rlhf.sharding import full_weights
 from rlhf.workers import Workers, accumulate, workers_for
 
 TOKENIZER_DOCUMENTS = 50_000  # enough for a stable vocabulary of a few thousand tokens
@@ -107,10 +107,10 @@ def main(config: Config) -> None:
                 save_checkpoint(accelerator, stage, step + 1, config.run.keep_checkpoints, skips_in_a_row=skips)
 
     eval_loss = _eval_loss(workers, model, held_out, encoder.pad_id, accelerator.device)
-    with whole(model):
-        if stage.main:
-            with replacing_folder(stage.model) as folder:
-                save_model(gpt, encoder, folder)
+    weights = full_weights(gpt, keep=stage.main)
+    if stage.main:
+        with replacing_folder(stage.model) as folder:
+            save_model(gpt, encoder, folder, weights)
     say(f"pretrain: held-out loss {eval_loss:.3f} nats a token; model in {stage.model}")
     stage.finish(eval_loss=eval_loss)
 

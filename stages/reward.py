@@ -30,7 +30,7 @@ from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, 
 from rlhf.runs import Stage, file_digest, open_stage
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import RewardModelScorer, check_length, member_folders, raw_scores
-from rlhf.sharding import whole
+from rlhf.sharding import full_weights, whole
 from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoint
 from rlhf.workers import workers_for
 
@@ -73,12 +73,14 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
             say(f"{stage.name}: {folder.name} is already there")
             continue
         reward_model = _train(stage, config, source, encoder, train, longest, steps, seed, member)
+        weights = full_weights(reward_model, keep=stage.main)
         with whole(reward_model):
             if stage.main:
                 samples = samples or _sft_samples(config, sft, accelerator)
                 _normalise(reward_model, encoder, samples, accelerator)
-                with replacing_folder(folder) as partial:
-                    save_model(reward_model, encoder, partial)
+        if stage.main:
+            with replacing_folder(folder) as partial:
+                save_model(reward_model, encoder, partial, weights)
     if stage.main:
         _measure(stage, config, accelerator, encoder, folders, train, held_out)
     accelerator.wait_for_everyone()

@@ -26,7 +26,7 @@ from rlhf.models import add_lora, attention_kernel, backbone, compile_blocks, lo
 from rlhf.passes import by_tokens, make_rows, policy_pass
 from rlhf.progress import say
 from rlhf.runs import open_stage
-from rlhf.sharding import whole
+from rlhf.sharding import full_weights, whole
 from rlhf.trl_trainers import DemonstrationTrainer, Recipe, count_steps, last_checkpoint
 
 EVAL_TOKENS = 8192  # in memory at once
@@ -59,13 +59,14 @@ def main(config: Config) -> None:
     trainer.run()
 
     policy = trainer.accelerator.unwrap_model(trainer.model)
+    weights = full_weights(policy, keep=stage.main)
     with whole(policy):
         if stage.main:
             with accelerator.autocast():
                 eval_loss = _eval_loss(policy, held_out, encoder.pad_id, accelerator.device)
-            with replacing_folder(stage.model) as folder:
-                save_model(policy, encoder, folder)
     if stage.main:
+        with replacing_folder(stage.model) as folder:
+            save_model(policy, encoder, folder, weights)
         figures = {} if eval_loss is None else {"eval_loss": eval_loss}
         stage.log(steps, **figures, peak_memory_mb=peak_memory_mb())
         say(f"sft: held-out loss {'unknown (no held-out rows)' if eval_loss is None else f'{eval_loss:.3f} nats a token'}; model in {stage.model}")

@@ -8,13 +8,17 @@ makes of a launch file is said here; from then on everything is its and PyTorch'
 
 import sys
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 import stages.ppo
 import stages.reward
 import stages.sft
+from rlhf.compute import start
 from rlhf.config import load_config
+from rlhf.sharding import full_weights, whole
+from tests.helpers import nano, tiny_encoder
 
 plain_init = AcceleratorState.__init__
 
@@ -33,6 +37,21 @@ def save_and_stop(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+def full_weights_are_fp32_where_passes_are_bf16(config) -> None:
+    accelerator, policy = start(config), nano(tiny_encoder())
+    accelerator.state.fsdp_plugin.set_mixed_precision("bf16", override=True)
+    trained = {name: p.detach().clone() for name, p in policy.named_parameters(remove_duplicate=False)}
+    model, _ = accelerator.prepare(policy, torch.optim.AdamW(policy.parameters()))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2]]))
+    for _ in range(2):
+        with whole(model):
+            assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        saved = full_weights(model)
+        assert saved.keys() == trained.keys() and all(torch.equal(saved[name], weights) for name, weights in trained.items())
+    assert full_weights(model, keep=False) == {}
+
+
 save_checkpoint = stages.ppo.save_checkpoint
 
 if __name__ == "__main__":
@@ -48,3 +67,4 @@ if __name__ == "__main__":
         print("stopped after a checkpoint")
     stages.ppo.save_checkpoint = save_checkpoint
     stages.ppo.main(config)
+    full_weights_are_fp32_where_passes_are_bf16(config)

@@ -19,7 +19,7 @@ import rlhf.compute
 from rlhf.config import load_config
 from rlhf.errors import InputError
 from rlhf.jsonl import read_jsonl
-from rlhf.sharding import whole, whole_weights
+from rlhf.sharding import full_weights, whole
 from stages import collect, ppo, prepare, pretrain, reward, sft
 from tests.test_accelerate_configs import _launch_arguments
 
@@ -85,7 +85,7 @@ def test_a_model_of_one_process_stays_as_it_is():
     model = torch.nn.Linear(2, 2)
     weight = model.weight
     with whole(model):
-        assert model.weight is weight and whole_weights(model) is None
+        assert model.weight is weight and full_weights(model) is None
 
 
 @pytest.mark.parametrize(("setting", "message"), [("model.lora_rank=2", "model.lora_rank=2 with a model sharded"),

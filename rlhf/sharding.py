@@ -7,12 +7,13 @@ pass, and would wait for ever for processes that make none. Gathered beforehand,
 import contextlib
 
 import torch
+import torch.distributed
 from torch import nn
 
 
 def _units(model: nn.Module) -> list:
     """The parts of a model whose weights FSDP2 gathers at once; none of a model that is not sharded."""
-    if not torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
     from torch.distributed.fsdp import FSDPModule
 

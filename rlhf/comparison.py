@@ -351,7 +351,7 @@ def _result(summary: dict, row: dict) -> str:
     judge = "that reward" if summary.get("proxy_is_judge") else judge
     text = f"win rate {row['win_rate']:.{digits}f} (95 % interval {low:.{digits}f}-{high:.{digits}f}) by {judge}"
     a, ratio = summary["policies"][row["a"]], length_ratio(summary, row)
-    costs = [f"KL {a['kl_mean']:.1f} nats"] if a["kl_mean"] is not None else []
+    costs = [f"KL {round(a['kl_mean'], 1) + 0.0:.1f} nats"] if a["kl_mean"] is not None else []
     costs += [f"{ratio:.2f} times the length"] if ratio is not None else []
     return f"{text}, at {' and '.join(costs)}" if costs else text
 
@@ -378,7 +378,22 @@ def caveats(summary: dict) -> list[str]:
         found.append(f"{name} has moved far from SFT: KL {a['kl_mean']:.1f} nats is above {MAX_KL_NATS:.0f}.")
     if None not in (a["gold_mean"], b["gold_mean"]) and a["proxy_mean"] > b["proxy_mean"] and a["gold_mean"] < b["gold_mean"]:
         found.append(f"The reward rose while the gold score fell ({b['gold_mean']:.2f} to {a['gold_mean']:.2f}): reward over-optimisation.")
-    return found + _cooled_caveats(summary) + _sanity_caveats(summary)
+    return found + _judge_caveats(summary) + _cooled_caveats(summary) + _sanity_caveats(summary)
+
+
+def judge_on_pairs(held_out: dict) -> str:
+    """How well a reward model orders pairs that people ordered: of ``eval`` in a reward model's ``metrics.json``."""
+    low, high = held_out["ci95"]
+    return (f"orders {held_out['accuracy']:.2f} of {held_out['pairs']} held-out pairs right (95 % interval {low:.2f}-{high:.2f}; "
+            f"the longer answer wins: {held_out['longer_wins_accuracy']:.2f})")
+
+
+def _judge_caveats(summary: dict) -> list[str]:
+    """A judge that is a reward model is worth what it knows."""
+    held_out = summary.get("judge_held_out")
+    if held_out is None or held_out["ci95"][0] > 0.5:
+        return []
+    return [f"The judge {judge_on_pairs(held_out)}: not shown to be better than chance, so neither is this result. More preferences would help."]
 
 
 def _length_caveats(ratio: float | None, row: dict, name: str, other: str) -> list[str]:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from rlhf import charts
 from rlhf.alarms import history
-from rlhf.comparison import SANITY, caveats, headline, is_sanity, label, length_ratio, main_comparison
+from rlhf.comparison import SANITY, caveats, headline, is_sanity, judge_on_pairs, label, length_ratio, main_comparison
 
 HERE = Path(__file__).resolve().parent
 N_SAMPLES = 20
@@ -333,9 +333,10 @@ def _answer(name: str, answer: dict, slots: dict[str, str]) -> dict:
 def _method(summary: dict) -> list[str]:
     judge = "the gold score, a rubric computed from the text" if summary["judge"] == "gold" else summary["judge"]
     independent = "It is the reward that PPO was trained on." if summary.get("proxy_is_judge") else "No stage was trained on it."
-    flips = summary.get("order_flips", 0)
+    flips, held_out = summary.get("order_flips", 0), summary.get("judge_held_out")
+    known = f" It {judge_on_pairs(held_out)}." if held_out else ""
     lines = [
-        f"All policies answered the same {summary['n_prompts']} held-out prompts. The judge is {judge}. {independent}",
+        f"All policies answered the same {summary['n_prompts']} held-out prompts. The judge is {judge}. {independent}{known}",
         "A win counts 1, a tie one half, a loss 0. The interval of their mean holds 95 % (Wilson's score interval, its variance lowered by ties).",
         "It speaks of other prompts, not of other training seeds.",
         "At equal length: a logistic regression of the outcome on the length difference, read at difference 0.",

@@ -10,6 +10,7 @@ sft_at_T samples SFT at the temperature T.
 With compare.shots each policy of its own weights also answers tasks of the embedded world after so many solved examples (rlhf/in_context.py).
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -74,6 +75,7 @@ def main(config: Config) -> None:
     samples = _samples(prompts, answers, scores, judge)
     is_proxy = judge == "proxy" or Path(judge).resolve() in [folder.resolve() for folder in folders]
     summary = summarise(samples, judge, settings.policies, proxy_is_judge=is_proxy, pair_judge=pair_judge)
+    summary["judge_held_out"] = _judge_held_out(run, judge) if pair_judge is None else None
     if in_context:
         summary["in_context"] = summarise_in_context(in_context)
     summary["run"] = {"config": config.run.dir, "seed": config.seed, "commit": source_commit(), "temperature": settings.temperature,
@@ -185,6 +187,16 @@ def _judge(config: Config, accelerator, attention, encoder, prompts, answers) ->
     messages = [p.messages for p in prompts]
     with accelerator.autocast():
         return wanted, {name: scorer(messages, [a["ids"] for a in rows], encoder).tolist() for name, rows in answers.items()}, None
+
+
+def _judge_held_out(run: Path, judge: str) -> dict | None:
+    """What a judge that is a reward model got right on held-out pairs: ``eval`` of the metrics beside it, None where there are none."""
+    folder = {"judge": run / "judge", "proxy": run / "reward"}.get(judge, Path(judge).parent)
+    path = folder / "metrics.json"
+    if judge == "gold" or not path.is_file():
+        return None
+    held_out = json.loads(path.read_text(encoding="utf-8")).get("eval")
+    return held_out and {name: held_out[name] for name in ("accuracy", "ci95", "pairs", "longer_wins_accuracy")}
 
 
 def _against_one(pair_judge: PairJudge, prompts: list[Prompt], answers: dict) -> dict[str, list[float]]:

@@ -98,6 +98,25 @@ def test_sft_near_temperature_0_gives_its_likeliest_answers_and_their_kl_is_what
     assert "SFT at temperature 0.001" in report
 
 
+@pytest.mark.parametrize("judge", ["judge", "proxy", "reward/model", "gold"])
+def test_what_the_judge_itself_got_right_stands_beside_its_verdict(run, judge):
+    """As the reward stage measured it; the gold score is no reward model."""
+    shutil.copytree(run / "reward", run / "judge")
+    for folder, accuracy in (("judge", 0.4), ("reward", 0.6)):
+        figures = {"accuracy": accuracy, "ci95": [accuracy - 0.2, accuracy + 0.2], "pairs": 21, "longer_wins_accuracy": 0.5, "loss": 0.7}
+        write_json(run / folder / "metrics.json", {"eval": figures})
+    summary, _, report = compared(run, judge=str(run / judge) if "/" in judge else judge)
+    wanted = {"judge": "0.40 of 21", "proxy": "0.60 of 21", "reward/model": "0.60 of 21", "gold": None}[judge]
+    assert (summary["judge_held_out"] is None) == (wanted is None) == ("held-out pairs right" not in report)
+    if wanted:
+        assert report.count(f"orders {wanted} held-out pairs right (95 % interval") == 2  # as a caveat, and how it was measured
+
+
+def test_a_judge_that_nothing_was_measured_of_has_no_such_line(run):
+    write_json(run / "reward" / "metrics.json", {"eval": None})
+    assert compared(run, judge="proxy")[0]["judge_held_out"] is None
+
+
 @pytest.mark.parametrize("name", ["sft_at_0", "sft_at_1000"])
 def test_a_temperature_out_of_range_is_refused(run, name):
     with pytest.raises(InputError, match=f"compare.policies names {name}: found temperature"):

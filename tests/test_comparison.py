@@ -376,6 +376,17 @@ def test_a_gain_that_a_lower_temperature_gives_too_is_said(low, found):
     assert headline(summary).startswith("PPO beat SFT on")
 
 
+@pytest.mark.parametrize(("low", "said"), [(0.51, False), (0.5, True), (0.3, True)])
+def test_a_judge_that_may_be_no_better_than_chance_is_said(low, said):
+    summary = summary_of(0.74, 0.71, 0.77, judge="judge")
+    summary["judge_held_out"] = {"accuracy": 0.55, "ci95": [low, 0.62], "pairs": 90, "longer_wins_accuracy": 0.6}
+    found = caveats(summary)
+    assert len(found) == said
+    if said:
+        assert found[0].startswith(f"The judge orders 0.55 of 90 held-out pairs right (95 % interval {low:.2f}-0.62; the longer answer wins: 0.60): "
+                                   "not shown to be better than chance")
+
+
 def test_one_policy_alone_has_no_verdict():
     assert verdict(summarise(four_rows(), "gold", ["sft"])) == "Nothing was compared: only one policy answered."
 

@@ -130,7 +130,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     if settings.hand_over == "last" and state["best_rollout"] < settings.rollouts:
         best.copy_to_model()
         save(stage.folder / "best")
-    say(f"ppo: on {len(held_out)} held-out prompts score {final['eval_score_mean']:.2f} at KL {round(final['eval_kl'], 1) + 0.0:.1f} nats; model in {stage.model}")
+    say(f"ppo: on {len(held_out)} held-out prompts score {final['eval_score_mean']:.2f} at KL {final['eval_kl']:.1f} nats; model in {stage.model}")
     say(f"ppo: what PPO maximises (score, KL and likelihood at their prices) is {final['eval_objective']:.2f} on them at the end, at best "
         f"{state['best_objective']:.2f} after {state['best_rollout']} of {settings.rollouts} rollouts; handed over: the {settings.hand_over}")
     stage.finish(**final, best_objective=state["best_objective"], best_rollout=state["best_rollout"], handed_over=settings.hand_over)

@@ -23,6 +23,8 @@ from rlhf.sharding import whole
 from rlhf.value import new_value_model, ppo_optimizer
 from rlhf.workers import ALONE, workers_for
 
+SAMPLED_AT_ONCE = 16  # microbatches of tokens: of a sampled row keys and values are kept, of a trained one what every layer did
+
 
 class Learner:
     """Policy, value model, reference, scorer and optimizer of a run whose earlier stages are finished (its reward model in RUN/`within`)."""
@@ -54,9 +56,11 @@ class Learner:
         """Samples, scores and evaluates `rows`. Raises TrainingStopped for a score that is no number."""
         settings, accelerator, encoder = self.config.ppo, self.accelerator, self.encoder
         mine = my_share(accelerator, rows)
-        uniforms_BC = draw_uniforms(len(rows), self.config.data.max_completion_tokens, self.config.seed, *seeds)
+        room = self.config.data.max_completion_tokens
+        uniforms_BC = draw_uniforms(len(rows), room, self.config.seed, *seeds)
+        at_once = max(1, SAMPLED_AT_ONCE * settings.microbatch_tokens // (max(len(p.ids) for p in mine) + room))
         with whole(self.model), self.clock("sample"), accelerator.autocast():
-            completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, len(mine),
+            completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, at_once,
                                  self.workers)
         trim()  # of the keys and values of all rows
         with self.clock("score"), accelerator.autocast():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rlhf.learner
 from rlhf import bench, bench_sweep
 from rlhf.bench_sweep import AXES, as_markdown, linear
 from rlhf.charts import Series, line_chart, standalone
@@ -101,6 +102,21 @@ def test_the_timed_step_is_the_stages_step(run, tmp_path):
     assert (found["score_mean"], found["length_mean"]) == (pytest.approx(first["score_mean"]), pytest.approx(first["length_mean"]))
     assert found["seconds"] >= sum(found[f"seconds_{phase}"] for phase in bench.PHASES)
     assert found["tokens"] == sum(len(p.ids) for p in rows) + round(8 * found["length_mean"])
+
+
+def test_no_more_rows_are_sampled_at_once_than_microbatches_allow_and_answers_stay_the_same(run, monkeypatch):
+    at_once, completions = [], []
+    plain = rlhf.learner.sample
+    monkeypatch.setattr(rlhf.learner, "sample", lambda *args: (at_once.append(args[5]), plain(*args))[1])
+    encoder = load_encoder(str(run / "sft" / "model"))
+    rows = prompts_of_step(load_prompts(str(run), "train", encoder, 96), 0, 8, 1)
+    widest = max(len(p.ids) for p in rows) + 32
+    for tokens in (8192, widest // 4):  # of which 16 are 4 rows
+        config = load_config("configs/tiny.yaml", [*SMALL, "run.precision=fp32", "data.max_completion_tokens=32", f"ppo.microbatch_tokens={tokens}",
+                                                   f"run.dir={run}"])
+        completions.append(Learner(config, start(config), encoder).roll(rows, 0.1, 1, 0).completions)
+    assert at_once == [16 * 8192 // widest, 16 * (widest // 4) // widest] and at_once[1] < len(rows) < at_once[0]
+    assert completions[0] == completions[1]
 
 
 # What a person can get wrong

@@ -45,8 +45,7 @@ def full_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]
     """
     if not _units(model):
         return None
-    lasting = {f"{path}.{name}" for path, part in model.named_modules() for name in part._buffers if name not in part._non_persistent_buffers_set}
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **{n: b for n, b in model.named_buffers() if n in lasting}}
+    named = model.state_dict(keep_vars=True)
     gathered: dict[int, torch.Tensor | None] = {}  # tied weights stay one tensor, which is how transformers knows that they are
     for tensor in named.values():
         if id(tensor) not in gathered:

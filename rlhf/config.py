@@ -122,8 +122,8 @@ class Ppo:
     epochs: int = setting(1, "passes over each rollout")
     microbatch_tokens: int = setting(8192, "tokens in memory at once in training passes, per process; sampling takes 16 times as many")
     lr: float = setting(2e-4, "peak learning rate of the policy, linear to 0 over the run")
-    last_norm_lr: float | None = setting(None, "peak learning rate of the gain of the policy's last norm, which says how sure the policy is; null: "
-                                         "ppo.lr; no matter with LoRA, which leaves it alone")
+    last_norm_lr: float | None = setting(None, "peak learning rate of the length of the gain in the policy's last norm, trained as one number: how "
+                                         "sure it is; 0.08 changes it by up to 8 % a step; null: its entries at ppo.lr; no matter with LoRA")
     value_lr: float = setting(3e-4, "peak learning rate of the value model, linear to 0")
     warmup_rollouts: int = setting(2, "rollouts in which only the value model learns")
     # DEPARTS: P7's fixed price is 0.05; at 0.1 a weaker base's PPO over-optimised, and today's gains nothing by it (configs/EXPERIMENTS.md)

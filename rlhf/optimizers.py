@@ -27,6 +27,34 @@ def pretraining_optimizers(model, lr: float, matrix_lr: float, weight_decay: flo
     return [*muons, adam]
 
 
+def step_as_one_number(optimizer: torch.optim.Optimizer) -> None:
+    """From now on `optimizer` multiplies each tensor of its groups with a true `one_number` by one factor a step, as if it were a single number.
+
+    Its gradient and what a step makes of it are projected on the tensor itself. A common factor's gradient is the sum of all entries', so it
+    stands out from noise in which no single entry's does.
+    """
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def gradients_along(optimizer, *_):
+        tensors = [p for g in optimizer.param_groups if g.get("one_number") for p in g["params"] if p.grad is not None]
+        before[:] = [(p, p.detach().clone()) for p in tensors]
+        for p, old in before:
+            p.grad = _along(p.grad, old)
+
+    @torch.no_grad()
+    def steps_along(*_):
+        for p, old in before:
+            p.copy_(_along(p, old))
+        before.clear()
+
+    optimizer.register_step_pre_hook(gradients_along)
+    optimizer.register_step_post_hook(steps_along)
+
+
+def _along(vector: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    return direction * ((vector * direction).sum() / direction.square().sum())
+
+
 def linear_lr(step: int, steps: int, warmup: float = 0.0) -> float:
     """Share of the peak rate in `step` of `steps`: up over the first `warmup` share, then linearly down to 0 at the end (CANON P5)."""
     rising = max(1, int(warmup * steps)) if warmup else 0

@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhf.encoding import Encoder
 from rlhf.models import add_lora, last_norm_gain, load_encoder, load_policy, load_reward_model, unwrapped
-from rlhf.optimizers import new_optimizer
+from rlhf.optimizers import new_optimizer, step_as_one_number
 from rlhf.passes import PolicyAndValue, ValueModel
 
 
@@ -29,17 +29,21 @@ def new_value_model(kind: str, policy, encoder: Encoder, reward_folders: list[Pa
 def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float, last_norm_lr: float | None = None) -> torch.optim.AdamW:
     """AdamW (eps 1e-5, CANON P5) with a learning rate for each network; `set_lr` scales all of them.
 
-    `last_norm_lr`: one for the gain of the policy's last norm. That gain says how sure the policy is, as a temperature does, and stands near 1:
-    at a rate for weights of 0.02 it hardly moves (configs/EXPERIMENTS.md).
+    `last_norm_lr`: the length of the last norm's gain in the policy is trained as one number, at this rate times what an entry of it is at the
+    start. It says how sure the policy is, as a temperature does: at a rate for weights of 0.02 it hardly moves, and trained entry by entry it moves
+    less than noise moves the entries (configs/EXPERIMENTS.md).
     """
-    optimizer = new_optimizer(model.policy, lr, eps=1e-5, betas=(0.9, 0.999))
-    policy_lr = [{**g, "lr_scale": lr} for g in optimizer.param_groups]
+    policy_lr = [{**g, "lr_scale": lr} for g in new_optimizer(model.policy, lr).param_groups]
     gain = last_norm_gain(model.policy) if last_norm_lr is not None else None
     if gain is not None and gain.requires_grad:
         policy_lr = [{**g, "params": [p for p in g["params"] if p is not gain]} for g in policy_lr]
-        policy_lr.append({**policy_lr[-1], "params": [gain], "lr_scale": last_norm_lr})
-    trunk = [{**g, "lr_scale": value_lr} for g in new_optimizer(model.value_model, value_lr, eps=1e-5, betas=(0.9, 0.999)).param_groups]
-    return torch.optim.AdamW(policy_lr + trunk, lr=lr, eps=1e-5, fused=True)
+        size = gain.detach().square().mean().sqrt().item()
+        policy_lr.append({**policy_lr[-1], "params": [gain], "lr_scale": last_norm_lr * size, "one_number": True})
+    trunk = [{**g, "lr_scale": value_lr} for g in new_optimizer(model.value_model, value_lr).param_groups]
+    groups = [{**g, "eps": 1e-5, "betas": (0.9, 0.999)} for g in policy_lr + trunk]
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    step_as_one_number(optimizer)
+    return optimizer
 
 
 def _trunk(model) -> nn.Module:

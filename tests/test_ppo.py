@@ -358,13 +358,31 @@ def test_P5_each_network_has_its_rate_and_adam_epsilon_is_1e_5():
 
 def test_P5_the_last_norms_gain_has_a_rate_of_its_own_when_asked_for():
     model = policy_and_value(ENCODER)
+    torch.nn.init.constant_(model.policy.transformer.ln_f.weight, 2.0)
     optimizer = ppo_optimizer(model, 1e-3, 4e-3, 0.02)
     set_lr(optimizer, 0.5)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert len(rates) == sum(len(g["params"]) for g in optimizer.param_groups) == sum(1 for _ in model.parameters())  # each weight once
     own = [name for name, p in model.policy.named_parameters() if rates[id(p)] != 0.5e-3]
-    assert own == ["transformer.ln_f.weight"] and rates[id(model.policy.transformer.ln_f.weight)] == 0.01
+    assert own == ["transformer.ln_f.weight"] and rates[id(model.policy.transformer.ln_f.weight)] == pytest.approx(0.02)  # half of 0.02 of 2
     assert {rates[id(p)] for p in model.value_model.parameters()} == {2e-3}
+
+
+def test_P5_the_last_norms_gain_moves_as_one_number():
+    model = policy_and_value(ENCODER)
+    gain, other = model.policy.transformer.ln_f.weight, model.policy.transformer.h[0].ln_1.weight
+    before = torch.tensor([3.0, -4.0]).repeat(len(gain) // 2)
+    with torch.no_grad():
+        gain.copy_(before)
+    optimizer = ppo_optimizer(model, 1e-3, 1e-3, 0.1)
+    set_lr(optimizer, 1.0)
+    gain.grad = -before.sign()  # each entry alone would grow ...
+    gain.grad[0] = 100.0 * len(gain)  # ... but a longer gain is worse: 3 times this outweighs 3.5 times the rest
+    other_before, other.grad = other.detach().clone(), torch.randn(len(other))
+    optimizer.step()
+    # Adam's first step is the rate (0.1 of the root mean square 12.5 ** 0.5) against the sign: of that, what lies along the gain
+    assert (gain / before).tolist() == pytest.approx([1 - 0.1 * 12.5**0.5 * 3.5 / 12.5] * len(gain), rel=1e-5)
+    assert (other - other_before).abs().tolist() == pytest.approx([1e-3] * len(other), rel=0.01)
 
 
 def test_the_last_norm_is_found_in_other_architectures_and_left_alone_with_lora():

@@ -120,7 +120,7 @@ class Ppo:
     batch_size: int = setting(256, "prompts in a rollout, all processes together")
     minibatches: int = setting(4, "optimizer steps per epoch over a rollout")
     epochs: int = setting(1, "passes over each rollout")
-    microbatch_tokens: int = setting(8192, "tokens in memory at once in training passes, per process; sampling takes 16 times as many")
+    microbatch_tokens: int = setting(8192, "tokens in memory at once in training passes, per process; scoring takes twice, sampling 16 times as many")
     lr: float = setting(2e-4, "peak learning rate of the policy, linear to 0 over the run")
     last_norm_lr: float | None = setting(None, "peak learning rate of the length of the gain in the policy's last norm, trained as one number: how "
                                          "sure it is; 0.08 changes it by up to 8 % a step; null: its entries at ppo.lr; no matter with LoRA")

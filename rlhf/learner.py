@@ -21,8 +21,9 @@ from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableScorer, Scorer, load_scorer, member_folders, with_missing_eos, with_mix
 from rlhf.sharding import whole
 from rlhf.value import new_value_model, ppo_optimizer
-from rlhf.workers import ALONE, workers_for
+from rlhf.workers import ALONE, Workers, workers_for
 
+SCORED_AT_ONCE = 2  # microbatches of tokens: nothing is kept for a backward pass
 SAMPLED_AT_ONCE = 16  # microbatches of tokens: of a sampled row keys and values are kept, of a trained one what every layer did
 
 
@@ -38,7 +39,7 @@ class Learner:
         if not config.model.lora_rank:
             ref_policy = load_policy(str(sft), encoder, attention, trust).to(device).requires_grad_(False)
         self.policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
-        self.scorer, reward_folders = scorer_of(config, Path(config.run.dir) / within, attention, device)
+        self.scorer, reward_folders = scorer_of(config, Path(config.run.dir) / within, attention, device, workers_for(accelerator, policy))
         value_model = new_value_model(settings.value_model, self.policy, encoder, reward_folders, sft, attention, config.model)
         for part in (self.policy, ref_policy, value_model.trunk):
             if part is not None:
@@ -92,14 +93,15 @@ def _call_once(model, encoder: Encoder, device) -> None:
         model(make_rows([[encoder.eos_id]], [[encoder.eos_id]], encoder.pad_id, device), 1.0)
 
 
-def scorer_of(config: Config, within: Path, attention: str, device) -> tuple[Scorer, list[Path]]:
+def scorer_of(config: Config, within: Path, attention: str, device, workers: Workers) -> tuple[Scorer, list[Path]]:
     """What scores completions, and the reward model folders that the value model may start from (none for a callable)."""
     settings, trust = config.ppo, config.model.trust_remote_code
     if settings.score:
         folders, main = [], CallableScorer(settings.score)
     else:
         folders = member_folders(within / "reward", config.reward.members)
-        main = load_scorer(folders, settings.ensemble, settings.uncertainty_coef, attention, device, trust)
+        main = load_scorer(folders, settings.ensemble, settings.uncertainty_coef, attention, device, trust, workers,
+                           SCORED_AT_ONCE * settings.microbatch_tokens)
     return with_mix(main, settings.mix, attention, device, trust), folders
 
 

@@ -17,6 +17,7 @@ from rlhf.models import unwrapped
 
 PICKED_STEP = 256  # see WIDTH_STEP in rlhf/masking.py
 ROWS_STEP = 16
+EVEN_STEP = 8  # a worker that waits costs more than a kernel for another shape
 PASS_TOKENS = 512  # tokens that take as long as a pass takes beside its tokens (configs/EXPERIMENTS.md)
 SCALES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # models that do more than a matrix product after the trunk
 
@@ -140,6 +141,30 @@ def _cut(group: list[int], widths: list[int]) -> list[list[int]]:
         ways = [(cost + (end - cuts[-1]) * widths[end - 1] + PASS_TOKENS, (*cuts, end)) for cost, cuts in cheapest]
         cheapest.append(min(ways))
     return [group[a:b] for a, b in pairwise(cheapest[-1][1])]
+
+
+def even_groups(lengths: list[int], budget: int, workers: int) -> list[list[int]]:
+    """`tight_groups` for `workers` that take a group each and wait for the last: where there are not more groups than workers, they are cut anew
+    so that the costliest costs as little as can be."""
+    groups, order = tight_groups(lengths, budget), sorted(range(len(lengths)), key=lambda i: lengths[i])
+    widths = [round_up(lengths[i], WIDTH_STEP) for i in order]
+    if workers == 1 or len(groups) > workers or len(_filled(widths, budget)) > workers:
+        return groups
+    low, high = 0, budget  # padded tokens of a group: with `high` there are enough workers
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_filled(widths, middle)) <= workers else (middle, high)
+    return split_to([order[start:end] for start, end in pairwise([0, *_filled(widths, high)])], workers)
+
+
+def _filled(widths: list[int], most: int) -> list[int]:
+    """Where consecutive groups end that hold as many EVEN_STEPs of rows as fit into `most` padded tokens; a row at least."""
+    ends = [0]
+    while ends[-1] < len(widths):
+        start = ends[-1]
+        fits = [end for end in (*range(start + EVEN_STEP, len(widths), EVEN_STEP), len(widths)) if (end - start) * widths[end - 1] <= most]
+        ends.append(max(fits, default=start + 1))
+    return ends[1:]
 
 
 def split_to(groups: list[list[int]], at_least: int) -> list[list[int]]:

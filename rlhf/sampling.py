@@ -5,7 +5,6 @@ is batched with, nor on how many processes share the work. top_k and top_p do no
 """
 
 import contextlib
-import functools
 import hashlib
 
 import torch
@@ -14,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from rlhf.encoding import Encoder
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
 from rlhf.models import adapters_merged, as_written, unwrapped
-from rlhf.workers import ALONE, Workers
+from rlhf.workers import ALONE, Workers, callers_autocast
 
 WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
 COMPACT_BELOW = 0.75  # the batch is repacked when fewer of its rows than this are still running
@@ -70,8 +69,7 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     parts = [part for batch in batches for part in _parts(batch, workers.count)]
-    device = next(policy.parameters()).device.type
-    autocast = functools.partial(torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    autocast = callers_autocast(next(policy.parameters()).device.type)
 
     @torch.no_grad()  # of the thread that runs it; not inference_mode, in which autocast casts every weight anew for every token
     def completions_of(rows: list[int]) -> list[list[int]]:

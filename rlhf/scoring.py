@@ -15,28 +15,38 @@ from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 from rlhf.models import load_encoder, load_reward_model, longest_row
-from rlhf.passes import tight_groups
+from rlhf.passes import even_groups
+from rlhf.workers import ALONE, Workers, callers_autocast
+
+BUDGET = 16_384  # tokens in one pass
 
 Scorer = Callable[[list[list[dict]], list[list[int]], Encoder], torch.Tensor]
 """f(prompts as messages, completions as ids of the policy's encoder, that encoder) -> scores_B, fp32 on the CPU."""
 
 
-@torch.inference_mode()
-def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = 16_384) -> torch.Tensor:
+def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = BUDGET, workers: Workers = ALONE) -> torch.Tensor:
     """[B] outputs of a sequence classifier for prompt + completion ids, not normalised, in the order given.
 
-    A causal model answers at the last real token (CANON R2), an encoder where its architecture pools; padding is on the right.
-    Raises InputError for rows longer than the model's table of positions.
+    A causal model answers at the last real token (CANON R2), an encoder where its architecture pools; padding is on the right. `workers` go
+    through groups of rows side by side, under whatever autocast the caller opened. Raises InputError for rows longer than the model's table of
+    positions.
     """
     if not rows:
         return torch.empty(0)
     check_length(reward_model, max(map(len, rows)))
     device = next(reward_model.parameters()).device
-    scores_B = torch.empty(len(rows))
-    for group in tight_groups([len(r) for r in rows], budget):
+    autocast = callers_autocast(device.type)
+
+    @torch.inference_mode()  # of the thread that runs it
+    def scores_of(group: list[int]) -> torch.Tensor:
         ids_BT = right_pad([rows[i] for i in group], pad_id, WIDTH_STEP).to(device)
         mask_BT = length_mask([len(rows[i]) for i in group], ids_BT.shape[1]).to(device)
-        scores_B[group] = reward_model(input_ids=ids_BT, attention_mask=mask_BT.long()).logits[:, 0].float().cpu()
+        with autocast():
+            return reward_model(input_ids=ids_BT, attention_mask=mask_BT.long()).logits[:, 0].float().cpu()
+
+    scores_B, groups = torch.empty(len(rows)), even_groups([len(r) for r in rows], budget, workers.count)
+    for group, scores in zip(groups, workers.map(scores_of, groups), strict=True):
+        scores_B[group] = scores
     return scores_B
 
 
@@ -51,8 +61,8 @@ def check_length(reward_model, tokens: int) -> None:
 class RewardModelScorer:
     """Normalised scores of one reward model; text is decoded and encoded anew where its tokenizer differs from the policy's."""
 
-    def __init__(self, reward_model, encoder: Encoder):
-        self.model, self.encoder = reward_model.eval(), encoder
+    def __init__(self, reward_model, encoder: Encoder, workers: Workers = ALONE, budget: int = BUDGET):
+        self.model, self.encoder, self.workers, self.budget = reward_model.eval(), encoder, workers, budget
         self.gain = getattr(reward_model.config, "reward_gain", 1.0)
         self.bias = getattr(reward_model.config, "reward_bias", 0.0)
 
@@ -61,7 +71,7 @@ class RewardModelScorer:
         # A reward model has learned what its output at an EOS means; at the end of an answer that was cut off it means nothing (CANON R2)
         rows = [self.encoder.prompt_ids(p) + (self.encoder.closed(c) if same else self.encoder.completion_ids(policy_encoder.decode(c)))
                 for p, c in zip(prompts, completions, strict=True)]
-        return self.gain * raw_scores(self.model, rows, self.encoder.pad_id) + self.bias
+        return self.gain * raw_scores(self.model, rows, self.encoder.pad_id, self.budget, self.workers) + self.bias
 
 
 class EnsembleScorer:
@@ -152,12 +162,14 @@ def member_folders(stage: Path, members: int) -> list[Path]:
     return [stage / ("model" if m == 0 else f"model_{m}") for m in range(members)]
 
 
-def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attention: str, device, trust_remote_code: bool = False) -> Scorer:
-    """The reward model at a folder, or an ensemble of several."""
+def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attention: str, device, trust_remote_code: bool = False,
+                workers: Workers = ALONE, budget: int = BUDGET) -> Scorer:
+    """The reward model at a folder, or an ensemble of several; `workers` and `budget` as in raw_scores."""
     scorers = []
     for folder in folders:
         encoder = load_encoder(str(folder), trust_remote_code)
-        scorers.append(RewardModelScorer(load_reward_model(str(folder), encoder, attention, trust_remote_code).to(device), encoder))
+        model = load_reward_model(str(folder), encoder, attention, trust_remote_code).to(device)
+        scorers.append(RewardModelScorer(model, encoder, workers, budget))
     return scorers[0] if len(scorers) == 1 else EnsembleScorer(scorers, rule, uncertainty_coef)
 
 

@@ -5,7 +5,8 @@ At the quickstart's size an operation takes some 0.1 ms: waking a sleeping core 
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -34,17 +35,27 @@ class Workers:
 
     def map(self, function: Callable, parts: Iterable) -> list:
         """function(part) of every part, in order. Autocast and no_grad belong to a thread: `function` opens them itself."""
+        return list(self.each(function, parts))
+
+    def each(self, function: Callable, parts: Iterable) -> Iterator:
+        """The same one by one, so that what was used up can be forgotten while the others are made."""
         if self._pool is None:
-            return [function(part) for part in parts]
+            yield from map(function, parts)
+            return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for libraries that keep one number for all threads
         try:
-            return list(self._pool.map(function, parts))
+            yield from self._pool.map(function, parts)
         finally:
             torch.set_num_threads(threads)
 
 
 ALONE = Workers(1)
+
+
+def callers_autocast(device: str) -> Callable:
+    """What opens, in another thread, the autocast of the thread that calls this."""
+    return functools.partial(torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 def accumulate(accelerator, workers: Workers, model: torch.nn.Module, losses: list[Callable]) -> list:
@@ -69,9 +80,11 @@ def accumulate(accelerator, workers: Workers, model: torch.nn.Module, losses: li
         value, extra = loss()
         return torch.autograd.grad(value, parameters, allow_unused=True), extra
 
-    results = workers.map(differentiate, losses)
-    for gradients, _ in results:
+    beside = []
+    for gradients, extra in workers.each(differentiate, losses):
+        beside.append(extra)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-    return [extra for _, extra in results]
+        del gradients, gradient  # before the next ones come
+    return beside

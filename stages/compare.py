@@ -59,7 +59,8 @@ def main(config: Config) -> None:
 
     sft = load(str(run / "sft" / "model"))
     folders = member_folders(run / "reward", config.reward.members)
-    proxy = load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, accelerator.device, config.model.trust_remote_code)
+    proxy = load_scorer(folders, config.ppo.ensemble, config.ppo.uncertainty_coef, attention, accelerator.device, config.model.trust_remote_code,
+                        workers_for(accelerator, sft))
     tasks, answers, in_context = _tasks(config, encoder, longest_row(sft)), {}, {}
     for place, name in enumerate(settings.policies):
         best_of, cooled = BEST_OF.fullmatch(name), COOLED.fullmatch(name)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model, save_model
-from rlhf.passes import PASS_TOKENS, PolicyAndValue, ValueModel, by_tokens, logprob_sums, make_rows, policy_pass, tight_groups
+from rlhf.passes import PASS_TOKENS, PolicyAndValue, ValueModel, by_tokens, even_groups, logprob_sums, make_rows, policy_pass, tight_groups
 from tests.helpers import CONTEXT, linear_head, llama, naive_logprobs, nano, rough, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -133,7 +133,7 @@ def padded(length):
 
 
 @given(st.one_of(st.lists(st.integers(1, 30), min_size=1, max_size=25), st.lists(st.sampled_from([3, 8, 9, 200]), min_size=1, max_size=80)),
-       st.integers(1, 20_000), st.integers(1, 8), st.sampled_from([by_tokens, tight_groups]))
+       st.integers(1, 20_000), st.integers(1, 8), st.sampled_from([by_tokens, tight_groups, even_groups]))
 def test_P4_groups_hold_every_row_once_within_the_budget(lengths, budget, at_least, grouped):
     groups = grouped(lengths, budget, at_least)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
@@ -157,6 +157,28 @@ def cost(lengths, groups):
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=100), st.integers(300, 20_000))
 def test_P4_tight_groups_never_cost_more(lengths, budget):
     assert cost(lengths, tight_groups(lengths, budget)) <= cost(lengths, by_tokens(lengths, budget))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=100), st.integers(300, 20_000), st.integers(2, 4))
+def test_P4_even_groups_wait_for_the_slowest_no_longer_than_tight_ones_of_as_many_rows(lengths, budget, workers):
+    groups, tight = even_groups(lengths, budget, workers), tight_groups(lengths, budget)
+    if len(tight) > workers:
+        assert groups == tight
+    elif all(len(group) % 8 == 0 for group in tight[:-1]):  # a cut that even_groups could have made too
+        slowest, of_tight = (max(len(group) * padded(max(lengths[i] for i in group)) for group in made) for made in (groups, tight))
+        assert slowest <= of_tight
+
+
+def test_P4_even_groups_by_hand():
+    """Two workers; cuts lie at multiples of 8 rows."""
+    # the wider half of 64 rows would cost 32 x 40 = 1,280; 40 x 24 and 24 x 40 cost 960 each
+    assert list(map(len, even_groups([24] * 40 + [40] * 24, 10_000, 2))) == [40, 24]
+    # 40 x 32 and 24 x 32: the costliest of 32 rows each is cheaper
+    assert even_groups([32] * 64, 10_000, 2) == [list(range(32)), list(range(32, 64))]
+    # 8 and 12 rows: after 16 the costliest would have 640 tokens and not 480
+    assert list(map(len, even_groups([40] * 20, 10_000, 2))) == [8, 12]
+    # three groups of 32 rows have no room for fewer, and each worker takes the next when it is free
+    assert list(map(len, even_groups([8] * 96, 256, 2))) == [32, 32, 32]
 
 
 def test_P4_tight_groups_by_hand():

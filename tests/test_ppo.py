@@ -138,8 +138,8 @@ def curve_of_microbatches(rows):
         return [list(range(start, min(start + rows, len(lengths)))) for start in range(0, len(lengths), rows)]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (rlhf.ppo, rlhf.rollout):
-            patch.setattr(module, "tight_groups", groups)
+        patch.setattr(rlhf.ppo, "even_groups", groups)
+        patch.setattr(rlhf.rollout, "tight_groups", groups)
         return processes.ten_rollouts(cpu(), "separate")
 
 

@@ -15,6 +15,7 @@ from rlhf.errors import InputError
 from rlhf.learner import scorer_of
 from rlhf.models import load_encoder, load_reward_model, save_model, train_tokenizer
 from rlhf.scoring import CallableScorer, EnsembleScorer, MixScorer, RewardModelScorer, combine, load_scorer, raw_scores, with_missing_eos, with_mix
+from rlhf.workers import ALONE
 from tests.helpers import CONTEXT, rough, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -223,13 +224,14 @@ def test_S4_a_callable_of_the_mix_that_returns_something_else_is_named_by_its_se
 def test_S4_the_ppo_stage_scores_by_its_settings(tmp_path):
     """Main callable alone, then with the mix; a run without a reward model has no folder for the value model to start from."""
     tree = {"ppo": {"score": "my_scores:words", "mix": {"my_scores:minus_length": 0.5}}}
-    scorer, folders = scorer_of(config_from_tree(tree, "test"), tmp_path, "eager", "cpu")
+    scorer, folders = scorer_of(config_from_tree(tree, "test"), tmp_path, "eager", "cpu", ALONE)
     # words: characters of the prompt + 100 a word; then half a character less a character
     assert scorer(MESSAGES, COMPLETIONS, ENCODER).tolist() == [2 + 100 - 2, 12 + 400 - 12, 26] and folders == []
     save_model(reward_model(seed=2), ENCODER, tmp_path / "reward" / "model")
-    scorer, folders = scorer_of(config_from_tree({"ppo": {"mix": {"my_scores:minus_length": 0.5}}}, "test"), tmp_path, "eager", "cpu")
+    scorer, folders = scorer_of(config_from_tree({"ppo": {"mix": {"my_scores:minus_length": 0.5}}}, "test"), tmp_path, "eager", "cpu", ALONE)
     plain = load_scorer(folders, "mean", 1.0, "eager", "cpu")(MESSAGES, COMPLETIONS, ENCODER)
     assert folders == [tmp_path / "reward" / "model"]
+    assert scorer_of(config_from_tree({"ppo": {"microbatch_tokens": 50}}, "test"), tmp_path, "eager", "cpu", ALONE)[0].budget == 100
     assert scorer(MESSAGES, COMPLETIONS, ENCODER).tolist() == pytest.approx((plain - torch.tensor([2.0, 12.0, 0.0])).tolist(), abs=1e-5)
 
 

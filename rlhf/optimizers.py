@@ -30,8 +30,7 @@ def pretraining_optimizers(model, lr: float, matrix_lr: float, weight_decay: flo
 def step_as_one_number(optimizer: torch.optim.Optimizer) -> None:
     """From now on `optimizer` multiplies each tensor of its groups with a true `one_number` by one factor a step, as if it were a single number.
 
-    Its gradient and what a step makes of it are projected on the tensor itself. A common factor's gradient is the sum of all entries', so it
-    stands out from noise in which no single entry's does.
+    Its gradient, and what a step makes of it, are projected on the tensor itself: the entries keep their proportions.
     """
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
 

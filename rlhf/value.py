@@ -30,8 +30,8 @@ def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float, last_norm_l
     """AdamW (eps 1e-5, CANON P5) with a learning rate for each network; `set_lr` scales all of them.
 
     `last_norm_lr`: the length of the last norm's gain in the policy is trained as one number, at this rate times what an entry of it is at the
-    start. It says how sure the policy is, as a temperature does: at a rate for weights of 0.02 it hardly moves, and trained entry by entry it moves
-    less than noise moves the entries (configs/EXPERIMENTS.md).
+    start. It says how sure the policy is, as a temperature does. At a rate for weights of 0.02 it hardly moves, and entries trained one by one
+    drift apart instead (configs/EXPERIMENTS.md).
     """
     policy_lr = [{**g, "lr_scale": lr} for g in new_optimizer(model.policy, lr).param_groups]
     gain = last_norm_gain(model.policy) if last_norm_lr is not None else None

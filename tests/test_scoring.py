@@ -15,7 +15,7 @@ from rlhf.errors import InputError
 from rlhf.learner import scorer_of
 from rlhf.models import load_encoder, load_reward_model, save_model, train_tokenizer
 from rlhf.scoring import CallableScorer, EnsembleScorer, MixScorer, RewardModelScorer, combine, load_scorer, raw_scores, with_missing_eos, with_mix
-from rlhf.workers import ALONE
+from rlhf.workers import ALONE, Workers
 from tests.helpers import CONTEXT, rough, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -76,6 +76,15 @@ def test_R2_an_answer_that_was_cut_off_is_scored_at_an_end_token_in_place_of_its
     model, messages, cut = reward_model(), MESSAGES[:2], [c[:-1] for c in COMPLETIONS[:2]]
     rows = [ENCODER.prompt_ids(m) + c[:-1] + [ENCODER.eos_id] for m, c in zip(messages, cut, strict=True)]
     assert torch.equal(RewardModelScorer(model, ENCODER)(messages, cut, ENCODER), raw_scores(model, rows, ENCODER.pad_id))
+
+
+def test_workers_score_under_the_autocast_of_who_calls_them():
+    model, rows = reward_model(), [PROMPTS[0] + [40 + i] * 3 for i in range(24)]
+    plain = raw_scores(model, rows, ENCODER.pad_id)
+    with torch.autocast("cpu", torch.bfloat16):
+        alone, shared = (raw_scores(model, rows, ENCODER.pad_id, workers=workers) for workers in (ALONE, Workers(2)))
+    assert (shared - alone).abs().max() < 0.1 * (plain - alone).abs().max()  # bf16 is further from fp32 than one way to cut rows from another
+    assert raw_scores(model, rows, ENCODER.pad_id, workers=Workers(2)).tolist() == pytest.approx(plain.tolist(), abs=1e-5)
 
 
 def test_a_reward_model_without_normalisation_gives_its_raw_scores():

@@ -1,14 +1,6 @@
-"""AdamW and learning rates as functions of the step, so that a resumed run needs no scheduler state."""
+"""Optimizers beyond AdamW as torch has it, and learning rates as functions of the step, so that a resumed run needs no scheduler state."""
 
 import torch
-
-
-def new_optimizer(model, lr: float, weight_decay: float = 0.0, eps: float = 1e-8, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
-    """AdamW over the trainable weights; decay on matrices only, not on biases and norms."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def pretraining_optimizers(model, lr: float, matrix_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:

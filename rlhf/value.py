@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhf.encoding import Encoder
 from rlhf.models import add_lora, last_norm_gain, load_encoder, load_policy, load_reward_model, unwrapped
-from rlhf.optimizers import new_optimizer, step_as_one_number
+from rlhf.optimizers import step_as_one_number
 from rlhf.passes import PolicyAndValue, ValueModel
 
 
@@ -33,15 +33,14 @@ def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float, last_norm_l
     start. It says how sure the policy is, as a temperature does. At a rate for weights of 0.02 it hardly moves, and entries trained one by one
     drift apart instead (configs/EXPERIMENTS.md).
     """
-    policy_lr = [{**g, "lr_scale": lr} for g in new_optimizer(model.policy, lr).param_groups]
+    policy, value = ([p for p in part.parameters() if p.requires_grad] for part in (model.policy, model.value_model))
+    groups = [{"params": policy, "lr_scale": lr}, {"params": value, "lr_scale": value_lr}]
     gain = last_norm_gain(model.policy) if last_norm_lr is not None else None
     if gain is not None and gain.requires_grad:
-        policy_lr = [{**g, "params": [p for p in g["params"] if p is not gain]} for g in policy_lr]
+        groups[0]["params"] = [p for p in policy if p is not gain]
         size = gain.detach().square().mean().sqrt().item()
-        policy_lr.append({**policy_lr[-1], "params": [gain], "lr_scale": last_norm_lr * size, "one_number": True})
-    trunk = [{**g, "lr_scale": value_lr} for g in new_optimizer(model.value_model, value_lr).param_groups]
-    groups = [{**g, "eps": 1e-5, "betas": (0.9, 0.999)} for g in policy_lr + trunk]
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+        groups.append({"params": [gain], "lr_scale": last_norm_lr * size, "one_number": True})
+    optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
     step_as_one_number(optimizer)
     return optimizer
 

@@ -20,7 +20,7 @@ from rlhf.config import Config
 from rlhf.errors import TrainingStopped
 from rlhf.learner import check_finite
 from rlhf.models import last_norm_gain, load_encoder, load_policy, load_reward_model, save_model
-from rlhf.optimizers import linear_lr, new_optimizer, set_lr
+from rlhf.optimizers import linear_lr, set_lr
 from rlhf.passes import make_rows
 from rlhf.paths import PACKAGE
 from rlhf.ppo import MovingAverage, update
@@ -393,11 +393,6 @@ def test_the_last_norm_is_found_in_other_architectures_and_left_alone_with_lora(
     assert last_norm_gain(opt) is opt.model.decoder.final_layer_norm.weight
     lora = policy_and_value(ENCODER, lora=True)
     assert len(ppo_optimizer(lora, 1e-3, 1e-3, 0.02).param_groups) == len(ppo_optimizer(lora, 1e-3, 1e-3).param_groups)
-
-
-def test_weight_decay_is_for_matrices():
-    optimizer = new_optimizer(nano(ENCODER), 1e-3, weight_decay=0.1)
-    assert {(p.ndim >= 2, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]} == {(True, 0.1), (False, 0.0)}
 
 
 def test_P5_gradients_are_clipped_each_network_by_itself_and_the_norm_is_told_from_before():

@@ -149,7 +149,7 @@ def even_groups(lengths: list[int], budget: int, workers: int) -> list[list[int]
     groups, order = tight_groups(lengths, budget), sorted(range(len(lengths)), key=lambda i: lengths[i])
     widths = [round_up(lengths[i], WIDTH_STEP) for i in order]
     if workers == 1 or len(groups) > workers or len(_filled(widths, budget)) > workers:
-        return groups
+        return split_to(groups, workers)
     low, high = 0, budget  # padded tokens of a group: with `high` there are enough workers
     while high - low > 1:
         middle = (low + high) // 2

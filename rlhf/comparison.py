@@ -334,7 +334,7 @@ def headline(summary: dict) -> str:
     a, b = label(row["a"]), label(row["b"])
     where, result = f"on {summary['n_prompts']} held-out prompts", _result(summary, row)
     if row["ci95"][0] > 0.5:
-        sentence = f"{a} beat {b} {where}: {result}."
+        sentence = f"{a} beat {b} {where}: {result}{_cooled_gains(summary)}."
     elif row["ci95"][1] < 0.5:
         sentence = f"{a} is worse than {b} {where}: {result}."
     else:
@@ -345,15 +345,19 @@ def headline(summary: dict) -> str:
 
 
 def _result(summary: dict, row: dict) -> str:
-    low, high = row["ci95"]
-    digits = 3 if min(abs(low - 0.5), abs(high - 0.5)) < 0.005 else 2  # an end at 0.503 must not be printed as 0.50
     judge = {"gold": "the gold score", "judge": "the independent judge"}.get(summary["judge"], f"the judge {summary['judge']}")
     judge = "that reward" if summary.get("proxy_is_judge") else judge
-    text = f"win rate {row['win_rate']:.{digits}f} (95 % interval {low:.{digits}f}-{high:.{digits}f}) by {judge}"
+    text = f"win rate {_rate(row, '95 % interval ')} by {judge}"
     a, ratio = summary["policies"][row["a"]], length_ratio(summary, row)
     costs = [f"KL {round(a['kl_mean'], 1) + 0.0:.1f} nats"] if a["kl_mean"] is not None else []
     costs += [f"{ratio:.2f} times the length"] if ratio is not None else []
     return f"{text}, at {' and '.join(costs)}" if costs else text
+
+
+def _rate(row: dict, of: str = "") -> str:
+    """A win rate with its interval; an end at 0.503 must not be printed as 0.50."""
+    (low, high), digits = row["ci95"], 3 if min(abs(end - 0.5) for end in row["ci95"]) < 0.005 else 2
+    return f"{row['win_rate']:.{digits}f} ({of}{low:.{digits}f}-{high:.{digits}f})"
 
 
 def length_ratio(summary: dict, row: dict) -> float | None:
@@ -408,9 +412,17 @@ def _length_caveats(ratio: float | None, row: dict, name: str, other: str) -> li
 
 def _cooled_caveats(summary: dict) -> list[str]:
     """Where a lower temperature may be all that PPO found."""
-    rows = [row for row in summary["comparisons"] if row["a"] == "ppo" and COOLED.fullmatch(row["b"]) and row["ci95"][0] <= 0.5]
-    return [f"Against {label(row['b'])} no gain is shown: PPO's win rate is {row['win_rate']:.2f} ({row['ci95'][0]:.2f}-{row['ci95'][1]:.2f})."
-            for row in rows]
+    return [f"Against {label(row['b'])} no gain is shown: PPO's win rate is {_rate(row)}."
+            for row in _against_cooled(summary) if row["ci95"][0] <= 0.5]
+
+
+def _cooled_gains(summary: dict) -> str:
+    """The end of a sentence about PPO: the lower temperatures of SFT that it beat too."""
+    return "".join(f"; it also beat {label(row['b'])}: {_rate(row)}" for row in _against_cooled(summary) if row["ci95"][0] > 0.5)
+
+
+def _against_cooled(summary: dict) -> list[dict]:
+    return [row for row in summary["comparisons"] if row["a"] == "ppo" and COOLED.fullmatch(row["b"])]
 
 
 def _sanity_caveats(summary: dict) -> list[str]:

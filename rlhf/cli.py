@@ -27,7 +27,15 @@ def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None =
     arguments = parser.parse_intermixed_args(argv)  # settings may stand before and after the flags
     if arguments.quiet:
         os.environ["RLHF_QUIET"] = "1"
-    return guarded(lambda: main(load_config(arguments.config, arguments.overrides)))
+
+    def to_the_end() -> None:
+        main(load_config(arguments.config, arguments.overrides))
+        if "WORLD_SIZE" in os.environ:  # `accelerate launch` started several
+            from rlhf.compute import leave_processes
+
+            leave_processes()
+
+    return guarded(to_the_end)
 
 
 def guarded(action: Callable[[], None]) -> int:

@@ -1,5 +1,7 @@
 """Devices, processes, precision and threads: accelerate owns them, this file asks it for what the settings name."""
 
+import gc
+
 import torch
 import torch.distributed
 from accelerate import Accelerator, PartialState
@@ -49,6 +51,13 @@ def describe(accelerator: Accelerator) -> str:
 def wait_for_everyone() -> None:
     """Returns when every process has come here; at once where there is one."""
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
+
+def leave_processes() -> None:
+    """The last thing a process does with the others. Their connections' threads, left to the end of Python, may abort it (exit code 134)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # models that are sharded hold on to the connections, and go with a cycle of references
+        torch.distributed.destroy_process_group()
 
 
 def sharded(accelerator: Accelerator) -> bool:

@@ -15,8 +15,9 @@ from accelerate.utils import DistributedType
 import stages.ppo
 import stages.reward
 import stages.sft
-from rlhf.compute import start
+from rlhf.compute import leave_processes, start
 from rlhf.config import load_config
+from rlhf.learner import Learner
 from rlhf.sharding import full_weights, whole
 from tests.helpers import nano, tiny_encoder
 
@@ -52,7 +53,13 @@ def full_weights_are_fp32_where_passes_are_bf16(config) -> None:
     assert full_weights(model, keep=False) == {}
 
 
-save_checkpoint = stages.ppo.save_checkpoint
+def roll_and_remember(learner, rows, kl_coef, *seeds):
+    if seeds[0] == 1:  # to learn from; evaluations have another number
+        rolled.append(seeds)
+    return roll(learner, rows, kl_coef, *seeds)
+
+
+save_checkpoint, roll, rolled = stages.ppo.save_checkpoint, Learner.roll, []
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = init_as_on_gpus
@@ -60,11 +67,13 @@ if __name__ == "__main__":
     stages.sft.main(config)
     assert PartialState().distributed_type == DistributedType.FSDP
     stages.reward.main(config)
-    stages.ppo.save_checkpoint = save_and_stop
+    stages.ppo.save_checkpoint, Learner.roll = save_and_stop, roll_and_remember
     try:
         stages.ppo.main(config)
     except KeyboardInterrupt:
         print("stopped after a checkpoint")
     stages.ppo.save_checkpoint = save_checkpoint
     stages.ppo.main(config)
+    assert len(rolled) == len(set(rolled)) == config.ppo.rollouts, "the stage goes on after its checkpoint, and does not start over"
     full_weights_are_fp32_where_passes_are_bf16(config)
+    leave_processes()

@@ -1,4 +1,4 @@
-"""Sampling completions from a policy: finished rows leave the batch, keys and values live in one preallocated buffer, equal prompts are read once.
+"""Sampling completions from a policy: finished rows leave the batch, keys and values live in buffers with room ahead, equal prompts are read once.
 
 A row's randomness is drawn before it is sampled (one uniform number a token), so what a prompt gets does not depend on which rows it
 is batched with, nor on how many processes share the work. top_k and top_p do not exist here (CANON S1).
@@ -8,7 +8,11 @@ import contextlib
 import hashlib
 
 import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from rlhf.encoding import Encoder
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
@@ -17,26 +21,26 @@ from rlhf.workers import ALONE, Workers, callers_autocast
 
 WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
 COMPACT_BELOW = 0.75  # the batch is repacked when fewer of its rows than this are still running
+ONE_TOKEN = "one_token"  # the attention for CPUs below, under a name of its own among those of `transformers`
 
 
 class BufferLayer(DynamicLayer):
-    """Keys and values of one layer in buffers of the final length: a step writes one column instead of copying the whole past."""
+    """Keys and values of one layer in buffers that grow by WIDTH_STEP columns: most steps write one column instead of copying the whole past."""
 
-    def __init__(self, length: int):
+    def __init__(self):
         super().__init__()
-        self.length, self.filled = round_up(length, WIDTH_STEP), 0
+        self.filled = 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            shape = (*key_states.shape[:2], self.length, key_states.shape[3])
-            self.key_buffer, self.value_buffer = key_states.new_zeros(shape), value_states.new_zeros((*shape[:3], value_states.shape[3]))
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         end = self.filled + key_states.shape[2]
-        self.key_buffer[:, :, self.filled : end] = key_states
-        self.value_buffer[:, :, self.filled : end] = value_states
+        if (more := round_up(end, WIDTH_STEP) - self.keys.shape[2]) > 0:
+            self.keys, self.values = (F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values))
+        self.keys[:, :, self.filled : end] = key_states
+        self.values[:, :, self.filled : end] = value_states
         self.filled = end
-        seen = round_up(end, WIDTH_STEP)
-        self.keys, self.values = self.key_buffer[:, :, :seen], self.value_buffer[:, :, :seen]
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length, *args, **kwargs) -> tuple[int, int]:
@@ -49,7 +53,7 @@ class BufferLayer(DynamicLayer):
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """The batch becomes these of its rows; a row may be wanted more than once."""
-        self.key_buffer, self.value_buffer = self.key_buffer.index_select(0, rows), self.value_buffer.index_select(0, rows)
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
 
 def draw_uniforms(rows: int, columns: int, *seeds: int) -> torch.Tensor:
@@ -104,15 +108,32 @@ def _cast_once(policy):
             p.requires_grad_(False)
 
 
+def _one_token_attention(module, query, key, value, attention_mask, scaling=None, **settings):
+    """sdpa, or for one query a row two plain products: sdpa's bf16 kernel for CPUs repacks all keys and values for it, and takes 1.5 to 2 times as
+    long. Heads that share keys and values are lines of one product."""
+    plain = attention_mask is None or attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    if query.shape[2] > 1 or not plain or settings.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+    lines_BKGD = query[:, :, 0].unflatten(1, (key.shape[1], -1))
+    scores_BKGT = (lines_BKGD @ key.transpose(-1, -2)).float() * (scaling or query.shape[-1] ** -0.5)
+    if attention_mask is not None:
+        scores_BKGT = scores_BKGT.masked_fill(~attention_mask, -torch.inf)
+    return (torch.softmax(scores_BKGT, -1).to(value.dtype) @ value).flatten(1, 2)[:, None], None
+
+
+AttentionInterface.register(ONE_TOKEN, _one_token_attention)
+AttentionMaskInterface.register(ONE_TOKEN, sdpa_mask)
+
+
 @contextlib.contextmanager
 def _attention_for_sampling(policy):
-    """sdpa in place of eager attention, where a model has it: a token of SmolLM2 takes 0.4 times as long, one of the quickstart's model 0.75
-    times (configs/EXPERIMENTS.md). Training passes stay eager, whose backward pass is the faster one on CPUs."""
+    """A faster attention than the eager one, for models that have sdpa (configs/EXPERIMENTS.md, "Speed on two cores"). Training passes stay eager,
+    whose backward pass is the faster one on CPUs."""
     model = unwrapped(policy)
     if not (model.config._attn_implementation == "eager" and model._supports_sdpa):
         yield
         return
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(ONE_TOKEN if next(model.parameters()).device.type == "cpu" else "sdpa")
     try:
         yield
     finally:
@@ -127,7 +148,7 @@ def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[li
     mask_BT = left_pad_mask([len(p) for p in different]).to(device)
     width = mask_BT.shape[1]
     mask_BT = torch.cat([mask_BT, mask_BT.new_zeros(len(different), limit + WIDTH_STEP)], 1)  # a column turns True when its token is there
-    layers = [BufferLayer(width + limit) for _ in range(policy.config.get_text_config().num_hidden_layers)]
+    layers = [BufferLayer() for _ in range(policy.config.get_text_config().num_hidden_layers)]
     cache = Cache(layers=layers)
     ids, position = left_pad(different, encoder.pad_id).to(device), positions(mask_BT[:, :width])
     uniforms_BC, running, sampled = uniforms_BC.to(device), torch.arange(len(prompts), device=device), []

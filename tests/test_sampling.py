@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.models import adapted_layers, adapters_merged, add_lora
-from rlhf.sampling import _draw, draw_uniforms, sample
+from rlhf.sampling import ONE_TOKEN, _draw, _one_token_attention, draw_uniforms, sample
 from rlhf.workers import Workers
 from tests.helpers import llama, nano, rough, snapshot, some_prompts, tiny_encoder
 
@@ -146,14 +146,30 @@ class CountsCasts(TorchDispatchMode):
 
 @pytest.mark.parametrize("model", [llama, nano, lambda encoder: add_lora(llama(encoder), 2, 4, "CAUSAL_LM")])
 @pytest.mark.parametrize("fused", [True, False])
-def test_models_that_have_it_are_sampled_from_with_sdpa_and_trained_with_eager_attention(model, fused, monkeypatch):
+def test_models_that_have_sdpa_are_sampled_from_with_another_attention_than_they_are_trained_with(model, fused, monkeypatch):
     policy, seen = model(ENCODER).eval(), []
     inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     inner.set_attn_implementation("eager")
     inner.base_model.register_forward_pre_hook(lambda *_: seen.append(inner.config._attn_implementation))
     monkeypatch.setattr(type(inner), "_supports_sdpa", fused)
     sample(policy, PROMPTS[:2], draw_uniforms(2, 3, 0), ENCODER, 1.0, 2)
-    assert set(seen) == {"sdpa" if fused else "eager"} and inner.config._attn_implementation == "eager"
+    assert set(seen) == {ONE_TOKEN if fused else "eager"} and inner.config._attn_implementation == "eager"
+
+
+def test_B2_attention_of_one_token_shares_keys_and_values_among_heads_and_leaves_out_what_is_masked():
+    """Two pairs of heads of width 2, three columns, the last masked. By hand: with keys (ln 2, 0) and (0, ln 4) a query (1, 0) weighs the first two
+    columns 2 : 1, a query (0, 1) 1 : 4; heads 3 and 4 have keys of zero, and weigh them 1 : 1."""
+    a, b = math.log(2), math.log(4)
+    query = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])[None, :, None]
+    key = torch.tensor([[[a, 0.0], [0, b], [9, 9]], [[0, 0], [0, 0], [9, 9]]])[None]
+    value = torch.tensor([[[3.0, 0], [0, 30], [99, 99]], [[2, 0], [0, 4], [99, 99]]])[None]
+    output, _ = _one_token_attention(None, query, key, value, torch.tensor([True, True, False])[None, None, None], scaling=1.0)
+    assert output.shape == (1, 1, 4, 2)
+    assert torch.allclose(output[0, 0], torch.tensor([[2, 10.0], [0.6, 24], [1, 2], [1, 2]]))
+    unmasked, _ = _one_token_attention(None, query, key[:, :, :2], value[:, :, :2], None, scaling=1.0)
+    assert torch.equal(unmasked, output)
+    halved, _ = _one_token_attention(None, query, key, value, torch.tensor([True, True, False])[None, None, None], scaling=0.5)
+    assert torch.allclose(halved[0, 0, 1], torch.tensor([1.0, 20]))  # 1 : 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "lora", "llama"])

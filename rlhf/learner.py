@@ -21,7 +21,7 @@ from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableScorer, Scorer, load_scorer, member_folders, with_missing_eos, with_mix
 from rlhf.sharding import whole
 from rlhf.value import new_value_model, ppo_optimizer
-from rlhf.workers import ALONE, Workers, workers_for
+from rlhf.workers import ALONE, Workers, small, workers_for
 
 SCORED_AT_ONCE = 2  # microbatches of tokens: nothing is kept for a backward pass
 SAMPLED_AT_ONCE = 16  # microbatches of tokens: of a sampled row keys and values are kept, of a trained one what every layer did
@@ -63,7 +63,8 @@ class Learner:
         with whole(self.model), self.clock("sample"), accelerator.autocast():
             completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, at_once,
                                  self.workers)
-        trim()  # of the keys and values of all rows
+        if not small(self.model):  # whose next passes would take the memory right back, page by page
+            trim()  # of the keys and values of all rows
         with self.clock("score"), accelerator.autocast():
             scores_B = self.scorer([p.messages for p in mine], completions, encoder)
         scores_B = with_missing_eos(scores_B, [encoder.ended(c) for c in completions], settings.missing_eos_score)

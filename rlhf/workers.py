@@ -17,10 +17,14 @@ from rlhf.models import parameter_count
 LARGEST = 20_000_000  # parameters; beyond, operations are long enough to be shared, and a gradient per part would cost memory
 
 
+def small(model: torch.nn.Module) -> bool:
+    """True where a pass is short beside what is done around it."""
+    return parameter_count(model) <= LARGEST
+
+
 def workers_for(accelerator, model: torch.nn.Module) -> "Workers":
     """A worker for every thread torch has, where one process trains a small model on CPUs; otherwise one, which changes nothing."""
-    small = parameter_count(model) <= LARGEST
-    return Workers(torch.get_num_threads() if small and accelerator.num_processes == 1 and accelerator.device.type == "cpu" else 1)
+    return Workers(torch.get_num_threads() if small(model) and accelerator.num_processes == 1 and accelerator.device.type == "cpu" else 1)
 
 
 class Workers:

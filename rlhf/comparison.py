@@ -375,7 +375,8 @@ def caveats(summary: dict) -> list[str]:
     name, other = label(row["a"]), label(row["b"])
     found = _length_caveats(length_ratio(summary, row), row, name, other)
     if a["eos_rate"] < MIN_EOS_RATE:
-        found.append(f"{name} ends only {100 * a['eos_rate']:.1f} % of its answers by itself; the rest were cut off.")
+        found.append(f"{name} ends only {100 * a['eos_rate']:.1f} % of its answers by itself ({other} {100 * b['eos_rate']:.1f} %); "
+                     "the rest were cut off.")
     if a["distinct_2"] < MIN_DISTINCT_RATIO * b["distinct_2"]:
         found.append(f"{name} repeats itself: distinct-2 is {a['distinct_2']:.2f}, {other}'s is {b['distinct_2']:.2f}.")
     if a["kl_mean"] is not None and a["kl_mean"] > MAX_KL_NATS:

@@ -339,7 +339,7 @@ def test_E2_a_judge_that_trained_the_policy_is_said_first():
     [
         ({"length_mean": 27.0}, "1.35 times as long"),
         ({"length_mean": 11.0}, "0.55 times as long"),
-        ({"eos_rate": 0.95}, "ends only 95.0 %"),
+        ({"eos_rate": 0.95}, "PPO ends only 95.0 % of its answers by itself (SFT 100.0 %)"),
         ({"distinct_2": 0.39}, "repeats itself"),
         ({"kl_mean": 30.0}, "KL 30.0 nats is above 25"),
         ({"gold_mean": 0.4}, "over-optimisation"),

@@ -355,8 +355,8 @@ def _result(summary: dict, row: dict) -> str:
 
 
 def _rate(row: dict, of: str = "") -> str:
-    """A win rate with its interval; an end at 0.503 must not be printed as 0.50."""
-    (low, high), digits = row["ci95"], 3 if min(abs(end - 0.5) for end in row["ci95"]) < 0.005 else 2
+    """A win rate with its interval; an end at 0.503 must not be printed as 0.50, nor one at 0.5004 as 0.500."""
+    (low, high), digits = row["ci95"], 2 + sum(any(round(end, places) == 0.5 for end in row["ci95"]) for places in (2, 3))
     return f"{row['win_rate']:.{digits}f} ({of}{low:.{digits}f}-{high:.{digits}f})"
 
 

@@ -369,8 +369,9 @@ def test_E5_an_untrained_model_must_lose(rate, found):
 @pytest.mark.parametrize(("low", "end", "found"), [
     (0.51, "; it also beat SFT at temperature 0.5: 0.53 (0.51-0.56).", []),
     (0.503, "; it also beat SFT at temperature 0.5: 0.530 (0.503-0.560).", []),
+    (0.5004, "; it also beat SFT at temperature 0.5: 0.5300 (0.5004-0.5600).", []),
     (0.48, " times the length.", ["Against SFT at temperature 0.5 no gain is shown: PPO's win rate is 0.53 (0.48-0.56)."]),
-    (0.5, " times the length.", ["Against SFT at temperature 0.5 no gain is shown: PPO's win rate is 0.530 (0.500-0.560)."])])
+    (0.5, " times the length.", ["Against SFT at temperature 0.5 no gain is shown: PPO's win rate is 0.5300 (0.5000-0.5600)."])])
 def test_whether_a_lower_temperature_gives_the_gain_too_is_said(low, end, found):
     summary = summary_of(0.74, 0.71, 0.77)
     summary["comparisons"] += [{"a": "ppo", "b": "sft_at_0.5", "win_rate": 0.53, "ci95": [low, 0.56]},

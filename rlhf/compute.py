@@ -54,9 +54,9 @@ def wait_for_everyone() -> None:
 
 
 def leave_processes() -> None:
-    """The last thing a process does with the others. Their connections' threads, left to the end of Python, may abort it (exit code 134)."""
+    """The last thing a process does with the others: with connections left to Python's end, some that had done their work were aborted there."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # models that are sharded hold on to the connections, and go with a cycle of references
+        gc.collect()  # without it, sharded models among what was lost track of, two of eight were aborted still
         torch.distributed.destroy_process_group()
 
 

@@ -63,7 +63,7 @@ class Learner:
         with whole(self.model), self.clock("sample"), accelerator.autocast():
             completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, at_once,
                                  self.workers)
-        if not small(self.model):  # whose next passes would take the memory right back, page by page
+        if not small(self.model):  # its step would take 7 % longer, for little memory (configs/EXPERIMENTS.md)
             trim()  # of the keys and values of all rows
         with self.clock("score"), accelerator.autocast():
             scores_B = self.scorer([p.messages for p in mine], completions, encoder)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
-from rlhf.models import new_gpt
+from rlhf.models import add_lora, new_gpt, save_model
 from tests.helpers import nano, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -58,3 +59,15 @@ def test_B1_a_fresh_gpt_starts_at_gpt_2s_scales():
             assert projection.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * 4), rel=0.03)
         for other in (block.attn.c_attn, block.mlp.c_fc):
             assert other.weight.std().item() == pytest.approx(0.02, rel=0.03)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_whoever_generates_from_a_saved_policy_reads_each_token_once(rank, tmp_path):
+    """TRL's trainers switch the past off while they train, and models made from such a configuration start without it."""
+    model = nano(ENCODER)
+    model.config.use_cache = model.generation_config.use_cache = False
+    save_model(add_lora(model, rank, 4, "CAUSAL_LM"), ENCODER, tmp_path)
+    policy, read = AutoModelForCausalLM.from_pretrained(tmp_path), []
+    policy.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    policy.generate(input_ids=torch.tensor([[5, 40, 41]]), attention_mask=torch.ones(1, 3), max_new_tokens=4, min_new_tokens=4)
+    assert read == [3, 1, 1, 1]

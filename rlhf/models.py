@@ -122,7 +122,7 @@ def save_model(model, encoder: Encoder, folder: Path, weights: dict[str, torch.T
     """A plain Hugging Face folder (safetensors, tokenizer with chat template) that the Auto classes load. `weights`: those of a sharded model."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    if model.can_generate():  # training switches it off, and whoever generates would read everything anew for every token
+    if model.can_generate():  # transformers' Trainer switches it off, and whoever generates would read everything anew for every token
         model.config.use_cache = model.generation_config.use_cache = True
     model.save_pretrained(folder, state_dict=weights)
     encoder.tokenizer.save_pretrained(folder)

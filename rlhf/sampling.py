@@ -109,8 +109,8 @@ def _cast_once(policy):
 
 
 def _one_token_attention(module, query, key, value, attention_mask, scaling=None, **settings):
-    """sdpa; for one query a row two plain products, where sdpa's bf16 kernel for CPUs takes 1.5 to 2 times as long (configs/EXPERIMENTS.md, "A PPO
-    step timed"). Heads that share keys and values are lines of one product."""
+    """sdpa; for one query a row two plain products, which are faster than its bf16 kernel for CPUs (configs/EXPERIMENTS.md, "A PPO step timed").
+    Heads that share keys and values are lines of one product."""
     plain = attention_mask is None or attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
     if query.shape[2] > 1 or not plain or settings.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)

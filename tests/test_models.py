@@ -63,7 +63,7 @@ def test_B1_a_fresh_gpt_starts_at_gpt_2s_scales():
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_whoever_generates_from_a_saved_policy_reads_each_token_once(rank, tmp_path):
-    """TRL's trainers switch the past off while they train, and models made from such a configuration start without it."""
+    """The Trainer of `transformers` leaves the past switched off, and models made from such a configuration start without it."""
     model = nano(ENCODER)
     model.config.use_cache = model.generation_config.use_cache = False
     save_model(add_lora(model, rank, 4, "CAUSAL_LM"), ENCODER, tmp_path)

@@ -12,13 +12,13 @@ from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import TrainingStopped
 from rlhf.memory import Microbatch, trim
-from rlhf.models import add_lora, attention_kernel, compile_blocks, load_policy
+from rlhf.models import add_lora, attention_kernel, compile_blocks, hold_for_products, load_policy, share_equal
 from rlhf.passes import PolicyAndValue, make_rows
 from rlhf.ppo import UpdateSettings, update
 from rlhf.prompts import Prompt
 from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import CallableScorer, Scorer, load_scorer, member_folders, with_missing_eos, with_mix
+from rlhf.scoring import CallableScorer, RewardModelScorer, Scorer, load_scorer, member_folders, with_missing_eos, with_mix
 from rlhf.sharding import whole
 from rlhf.value import new_value_model, ppo_optimizer
 from rlhf.workers import ALONE, Workers, small, workers_for
@@ -34,13 +34,19 @@ class Learner:
         settings, sft, trust = config.ppo, Path(config.run.dir) / "sft" / "model", config.model.trust_remote_code
         device, attention = accelerator.device, attention_kernel(config.model.attention, accelerator.device)
         self.config, self.accelerator, self.encoder = config, accelerator, encoder
-        policy = load_policy(str(sft), encoder, attention, trust)
+        self.policy = self._new_policy().to(device)
         ref_policy = None
         if not config.model.lora_rank:
             ref_policy = load_policy(str(sft), encoder, attention, trust).to(device).requires_grad_(False)
-        self.policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
-        self.scorer, reward_folders = scorer_of(config, Path(config.run.dir) / within, attention, device, workers_for(accelerator, policy))
-        value_model = new_value_model(settings.value_model, self.policy, encoder, reward_folders, sft, attention, config.model)
+        with accelerator.autocast():  # what is frozen is held in its precision; the passes below are all under it
+            self.scorer, reward_folders = scorer_of(config, Path(config.run.dir) / within, attention, device,
+                                                    workers_for(accelerator, self.policy))
+            value_model = new_value_model(settings.value_model, self.policy, encoder, reward_folders, sft, attention, config.model).to(device)
+            for part in (self.policy, ref_policy, value_model.trunk):
+                if part is not None:
+                    hold_for_products(part)
+        if config.model.lora_rank and value_model.trunk is not None and isinstance(self.scorer, RewardModelScorer):
+            share_equal(value_model.trunk, self.scorer.model)
         for part in (self.policy, ref_policy, value_model.trunk):
             if part is not None:
                 compile_blocks(part, config.model.compile)
@@ -52,6 +58,21 @@ class Learner:
         self.workers = ALONE if config.model.lora_rank else workers_for(accelerator, self.model)
         self.ref_logprobs = reference(ref_policy, self.policy, settings.temperature, accelerator.autocast)
         self.microbatch, self.clock = Microbatch(settings.microbatch_tokens), Clock()
+
+    def _new_policy(self):
+        """The SFT model in fp32, with fresh adapters where the run has LoRA."""
+        model = self.config.model
+        attention = attention_kernel(model.attention, self.accelerator.device)
+        policy = load_policy(str(Path(self.config.run.dir) / "sft" / "model"), self.encoder, attention, model.trust_remote_code)
+        return add_lora(policy, model.lora_rank, model.lora_alpha, "CAUSAL_LM")
+
+    def policy_to_save(self):
+        """The policy; one with LoRA as a copy in fp32, whose adapters saving may merge for good."""
+        if not self.config.model.lora_rank:
+            return self.policy
+        copy, trained = self._new_policy(), {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        copy.load_state_dict({name: p.detach().cpu() for name, p in trained.items()}, strict=False)
+        return copy
 
     def roll(self, rows: list[Prompt], kl_coef: float, *seeds) -> Rollout:
         """Samples, scores and evaluates `rows`. Raises TrainingStopped for a score that is no number."""

@@ -12,17 +12,17 @@ CHUNK = 2**20  # logits alive at a time, at the least; a chunk of them fits into
 CHUNK_TOKENS = 128  # at the least: a product of fewer rows waits for the weights
 
 
-def token_logprobs(logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logprobs_N, entropy_N) of `ids_N` under softmax(logits / temperature)."""
+def token_logprobs(logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature: float, entropies: bool = True) -> tuple[torch.Tensor, ...]:
+    """(logprobs_N, entropy_N) of `ids_N` under softmax(logits / temperature); without `entropies` the first alone."""
     log_all_NV = torch.log_softmax(logits_NV.float() / temperature, dim=-1)
-    with torch.no_grad():
-        entropy_N = -(log_all_NV.exp() * log_all_NV).sum(-1)
-    return log_all_NV.gather(1, ids_N[:, None])[:, 0], entropy_N
+    logprobs_N = log_all_NV.gather(1, ids_N[:, None])[:, 0]
+    return (logprobs_N, _entropies(log_all_NV.detach())) if entropies else (logprobs_N,)
 
 
-def output_logprobs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, ids_N: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def output_logprobs(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, ids_N: torch.Tensor, temperature: float,
+                    entropies: bool = True) -> tuple[torch.Tensor, ...]:
     """token_logprobs of an output layer without bias, logits = hidden·weightᵀ; the backward makes the logits again."""
-    return _OutputLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature)
+    return _OutputLogprobs.apply(hidden_ND, weight_VD, ids_N, temperature, entropies)
 
 
 def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
@@ -32,26 +32,27 @@ def linear_cross_entropy(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, ids_N
 
 class _OutputLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, ids_N, temperature):
+    def forward(ctx, hidden_ND, weight_VD, ids_N, temperature, entropies_wanted):
         hidden, weight = _for_products(hidden_ND, weight_VD)
         logprobs, entropies, log_zs = [], [], []
         with torch.autocast(hidden.device.type, enabled=False):
             for h, ids in _chunks(weight, hidden, ids_N):
                 logits = _logits(h, weight, temperature)
                 log_z = logits.logsumexp(1, keepdim=True)
-                chosen = logits.gather(1, ids[:, None])
-                log_all = logits.sub_(log_z)
-                logprobs.append((chosen - log_z)[:, 0])
-                entropies.append(-(log_all.exp() * log_all).sum(1))
+                logprobs.append((logits.gather(1, ids[:, None]) - log_z)[:, 0])
+                if entropies_wanted:
+                    entropies.append(_entropies(logits.sub_(log_z)))
                 log_zs.append(log_z)
         ctx.save_for_backward(hidden, weight, ids_N, torch.cat(log_zs))
         ctx.temperature, ctx.dtypes = temperature, (hidden_ND.dtype, weight_VD.dtype)
+        if not entropies_wanted:
+            return (torch.cat(logprobs),)
         entropy_N = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy_N)
         return torch.cat(logprobs), entropy_N
 
     @staticmethod
-    def backward(ctx, grad_N, _):
+    def backward(ctx, grad_N, *_):
         hidden, weight, ids_N, log_z_N1 = ctx.saved_tensors
         grads_hidden, grad_weight = [], 0.0
         for h, ids, log_z, grad in _chunks(weight, hidden, ids_N, log_z_N1, grad_N):
@@ -60,7 +61,7 @@ class _OutputLogprobs(torch.autograd.Function):
             grads_hidden.append(by_logits @ weight)
             if ctx.needs_input_grad[1]:  # not with LoRA
                 grad_weight = grad_weight + (by_logits.T @ h).to(log_z.dtype)
-        return torch.cat(grads_hidden).to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None, None, None
+        return torch.cat(grads_hidden).to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -83,6 +84,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss, grad_weight * grad_loss, None
+
+
+def _entropies(log_all_NV) -> torch.Tensor:
+    return -(log_all_NV.exp() * log_all_NV).sum(1)
 
 
 def _for_products(*tensors):

@@ -23,6 +23,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Encoder
 from rlhf.errors import InputError
@@ -170,6 +171,36 @@ def adapters_merged(model):
     finally:
         for layer, weight in zip(layers, frozen, strict=True):
             layer.get_base_layer().weight.data = weight
+
+
+def hold_for_products(model) -> None:
+    """Puts frozen weights that only matrix products read into the dtype of the autocast around this call, in place, for passes under it alone.
+
+    The same numbers, for autocast would cast them in every pass; half the memory, and no copies. An output layer that is tied to the embeddings,
+    whose rows are looked up in fp32, gets weights of its own. Does nothing without autocast.
+    """
+    device = next(model.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
+        return
+    dtype, embeddings = torch.get_autocast_dtype(device), model.get_input_embeddings().weight
+    for layer in model.modules():
+        if type(layer) not in (nn.Linear, Conv1D) or layer.weight.requires_grad:  # a head in fp32 is a class of its own
+            continue
+        if layer.weight is embeddings:
+            layer.weight = nn.Parameter(embeddings.to(dtype), requires_grad=False)
+        for weight in (layer.weight, layer.bias):
+            if weight is not None:
+                weight.data = weight.data.to(dtype)
+    for weight in model.parameters():
+        if not weight.requires_grad and weight.dtype != dtype:
+            weight.data = weight.data.clone()  # what was loaded is a view of its file, which would stay in memory whole
+
+
+def share_equal(model, with_model) -> None:
+    """Frozen weights of `model`, which adapters may stand between, lie in memory once where they equal those of `with_model` at the same place."""
+    for mine, theirs in zip((p for p in model.parameters() if not p.requires_grad), with_model.parameters(), strict=False):
+        if mine.dtype == theirs.dtype and torch.equal(mine, theirs):
+            mine.data = theirs.data
 
 
 def unwrapped(model):

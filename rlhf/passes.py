@@ -14,12 +14,28 @@ from torch import nn
 from rlhf.logprobs import output_logprobs, token_logprobs
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 from rlhf.models import unwrapped
+from rlhf.workers import small
 
-PICKED_STEP = 256  # see WIDTH_STEP in rlhf/masking.py
-ROWS_STEP = 16
+PICKED_STEP, PICKED_LOGITS = 256, 2**19  # see WIDTH_STEP in rlhf/masking.py; steps of fewer tokens, 32 at the least, where each costs more logits
 EVEN_STEP = 8  # a worker that waits costs more than a kernel for another shape
-PASS_TOKENS = 512  # tokens that take as long as a pass takes beside its tokens (configs/EXPERIMENTS.md)
 SCALES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # models that do more than a matrix product after the trunk
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What decides how narrow the groups of a batch are cut (configs/EXPERIMENTS.md, "A PPO step timed")."""
+
+    tokens: int = 512  # that take as long as a pass takes beside its tokens
+    rows: int = 16  # that a group has a multiple of: oneDNN compiles a kernel for every new shape
+
+
+SHORT, LONG = PassCost(), PassCost(tokens=96, rows=1)
+
+
+def pass_cost(model: nn.Module) -> PassCost:
+    """On CPUs a token of a large model takes long, beside a pass and beside making kernels."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return LONG if on_cpu and not small(model) else SHORT
 
 
 @dataclass(frozen=True)
@@ -54,26 +70,29 @@ def make_rows(prompts: list[list[int]], completions: list[list[int]], pad_id: in
     return Rows(*(t.to(device) for t in tensors))
 
 
-def policy_pass(policy, rows: Rows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprobs_BC, entropy_BC, hidden_BTD): fp32 nats of the completion tokens, 0 on padding, and the trunk's last hidden states."""
+def policy_pass(policy, rows: Rows, temperature: float, entropies: bool = False) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(logprobs_BC, entropy_BC, hidden_BTD): fp32 nats of the completion tokens, 0 on padding, and the trunk's last hidden states.
+
+    Entropies cost several passes over all logits; None where they are not asked for.
+    """
     inner = unwrapped(policy)
     count, output_layer = len(rows.targets_N), inner.get_output_embeddings()
     if getattr(output_layer, "bias", None) is not None or any(getattr(inner.config, name, None) for name in SCALES_LOGITS):
         output = inner(input_ids=rows.ids_BT, use_cache=False, output_hidden_states=True)
         hidden_BTD = output.hidden_states[-1]
-        figures = token_logprobs(_picked(output.logits, rows.before_N)[:count], rows.targets_N, temperature)
+        figures = token_logprobs(_picked(output.logits, rows.before_N)[:count], rows.targets_N, temperature, entropies)
     else:
         hidden_BTD = inner.base_model(input_ids=rows.ids_BT, use_cache=False).last_hidden_state
-        hidden_ND = _picked(hidden_BTD, rows.before_N)
+        hidden_ND = _picked(hidden_BTD, rows.before_N, min(PICKED_STEP, max(32, PICKED_LOGITS // len(output_layer.weight))))
         targets_N = F.pad(rows.targets_N, (0, len(hidden_ND) - count))
-        figures = output_logprobs(hidden_ND, output_layer.weight, targets_N, temperature)
-    logprobs_BC, entropy_BC = (rows.spread(figure_N[:count]) for figure_N in figures)
-    return logprobs_BC, entropy_BC, hidden_BTD
+        figures = output_logprobs(hidden_ND, output_layer.weight, targets_N, temperature, entropies)
+    logprobs_BC, *entropy_BC = (rows.spread(figure_N[:count]) for figure_N in figures)
+    return logprobs_BC, entropy_BC[0] if entropies else None, hidden_BTD
 
 
-def _picked(states_BTX: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+def _picked(states_BTX: torch.Tensor, places_N: torch.Tensor, step: int = PICKED_STEP) -> torch.Tensor:
     """Rows of [B, T, X] at flat places, and a few more of the first one, so that their count takes few different values."""
-    places = torch.cat([places_N, places_N.new_zeros(round_up(len(places_N), PICKED_STEP) - len(places_N))])
+    places = torch.cat([places_N, places_N.new_zeros(round_up(len(places_N), step) - len(places_N))])
     return states_BTX.flatten(0, 1)[places]
 
 
@@ -102,14 +121,14 @@ class PolicyAndValue(nn.Module):
         networks = (unwrapped(policy), value_model.trunk)
         self._no_split_modules = sorted({name for network in networks for name in getattr(network, "_no_split_modules", None) or ()})
 
-    def forward(self, rows: Rows, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logprobs_BC, entropy_BC, values_BC)."""
-        logprobs_BC, entropy_BC, hidden_BTD = policy_pass(self.policy, rows, temperature)
+    def forward(self, rows: Rows, temperature: float, entropies: bool = False) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(logprobs_BC, entropy_BC, values_BC); no entropies where they are not asked for."""
+        logprobs_BC, entropy_BC, hidden_BTD = policy_pass(self.policy, rows, temperature, entropies)
         values_BC = self.value_model(rows) if self.value_model.trunk is not None else self.value_model.of_hidden(hidden_BTD, rows)
         return logprobs_BC, entropy_BC, values_BC
 
 
-def by_tokens(lengths: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
+def by_tokens(lengths: list[int], budget: int, at_least: int = 1, cost: PassCost = SHORT) -> list[list[int]]:
     """Row indices in groups of similar length whose padded size stays within `budget` tokens (a longer row makes its own group).
 
     `at_least`: groups are split further until there are this many (processes that must step together), as far as rows allow.
@@ -119,7 +138,7 @@ def by_tokens(lengths: list[int], budget: int, at_least: int = 1) -> list[list[i
     for i in order:
         width = round_up(lengths[i], WIDTH_STEP)
         if groups[-1] and (len(groups[-1]) + 1) * width > budget:
-            full = len(groups[-1]) // ROWS_STEP * ROWS_STEP or len(groups[-1])  # few different row counts
+            full = len(groups[-1]) // cost.rows * cost.rows or len(groups[-1])  # few different row counts
             groups[-1:] = [groups[-1][:full], groups[-1][full:]]
             if groups[-1] and (len(groups[-1]) + 1) * width > budget:  # the rest has no room for a row so much longer
                 groups.append([])
@@ -127,26 +146,26 @@ def by_tokens(lengths: list[int], budget: int, at_least: int = 1) -> list[list[i
     return split_to(groups, at_least)
 
 
-def tight_groups(lengths: list[int], budget: int, at_least: int = 1) -> list[list[int]]:
+def tight_groups(lengths: list[int], budget: int, at_least: int = 1, cost: PassCost = SHORT) -> list[list[int]]:
     """`by_tokens` with less padding: its groups are cut wherever narrower ones save more tokens than one more pass costs."""
-    groups = by_tokens(lengths, budget)
-    return split_to([part for group in groups for part in _cut(group, [round_up(lengths[i], WIDTH_STEP) for i in group])], at_least)
+    groups = by_tokens(lengths, budget, cost=cost)
+    return split_to([part for group in groups for part in _cut(group, [round_up(lengths[i], WIDTH_STEP) for i in group], cost)], at_least)
 
 
-def _cut(group: list[int], widths: list[int]) -> list[list[int]]:
-    """`group`, its rows from the narrowest on, in consecutive parts of whole ROWS_STEPs whose padded tokens and passes together cost least."""
-    ends = [*range(0, len(group), ROWS_STEP), len(group)]
+def _cut(group: list[int], widths: list[int], cost: PassCost) -> list[list[int]]:
+    """`group`, its rows from the narrowest on, in consecutive parts of whole `cost.rows` whose padded tokens and passes together cost least."""
+    ends = [*range(0, len(group), cost.rows), len(group)]
     cheapest: list[tuple[int, tuple[int, ...]]] = [(0, (0,))]  # of the rows up to each end: cost in tokens, and where the parts begin and end
     for end in ends[1:]:
-        ways = [(cost + (end - cuts[-1]) * widths[end - 1] + PASS_TOKENS, (*cuts, end)) for cost, cuts in cheapest]
+        ways = [(spent + (end - cuts[-1]) * widths[end - 1] + cost.tokens, (*cuts, end)) for spent, cuts in cheapest]
         cheapest.append(min(ways))
     return [group[a:b] for a, b in pairwise(cheapest[-1][1])]
 
 
-def even_groups(lengths: list[int], budget: int, workers: int) -> list[list[int]]:
+def even_groups(lengths: list[int], budget: int, workers: int, cost: PassCost = SHORT) -> list[list[int]]:
     """`tight_groups` for `workers` that take a group each and wait for the last: where there are not more groups than workers, they are cut anew
     so that the costliest costs as little as can be."""
-    groups, order = tight_groups(lengths, budget), sorted(range(len(lengths)), key=lambda i: lengths[i])
+    groups, order = tight_groups(lengths, budget, cost=cost), sorted(range(len(lengths)), key=lambda i: lengths[i])
     widths = [round_up(lengths[i], WIDTH_STEP) for i in order]
     if workers == 1 or len(groups) > workers or len(_filled(widths, budget)) > workers:
         return split_to(groups, workers)
@@ -180,7 +199,7 @@ def split_to(groups: list[list[int]], at_least: int) -> list[list[int]]:
 def logprob_sums(policy, pairs: list[tuple[list[int], list[int]]], pad_id: int, temperature: float, budget: int) -> list[float]:
     """Log-probability, nats, of each completion given its prompt, in the order given."""
     device, sums = next(policy.parameters()).device, [0.0] * len(pairs)
-    for group in tight_groups([len(p) + len(c) for p, c in pairs], budget):
+    for group in tight_groups([len(p) + len(c) for p, c in pairs], budget, cost=pass_cost(policy)):
         rows = make_rows([pairs[i][0] for i in group], [pairs[i][1] for i in group], pad_id, device)
         for i, total in zip(group, policy_pass(policy, rows, temperature)[0].sum(1).tolist(), strict=True):
             sums[i] = total

@@ -10,7 +10,7 @@ from rlhf.compute import average_gradients, max_over_processes, my_share, sharde
 from rlhf.kl import k3
 from rlhf.losses import language_model_loss, policy_loss, value_loss
 from rlhf.memory import Microbatch
-from rlhf.passes import PolicyAndValue, even_groups, make_rows, split_to
+from rlhf.passes import PolicyAndValue, even_groups, make_rows, pass_cost, split_to
 from rlhf.rollout import Rollout
 from rlhf.sharding import shared_as
 from rlhf.workers import ALONE, Workers, accumulate
@@ -101,7 +101,7 @@ def _gradients(accelerator, model, rollout, rows: list[int], ptx_rows: list, set
     ptx_count = sum(len(c) for _, c in ptx_rows)
 
     def groups_of(lengths: list[int]) -> list[list[int]]:
-        groups = even_groups(lengths, microbatch_tokens, workers.count)
+        groups = even_groups(lengths, microbatch_tokens, workers.count, pass_cost(model))
         return split_to(groups, max_over_processes(accelerator, len(groups))) if sharded(accelerator) else groups
 
     def ppo_part(group):

@@ -15,7 +15,7 @@ from rlhf.advantages import gae, moments, token_rewards, whiten
 from rlhf.compute import gather_rows
 from rlhf.kl import k1, k3
 from rlhf.masking import length_mask, masked_mean, pad_columns
-from rlhf.passes import make_rows, policy_pass, tight_groups
+from rlhf.passes import make_rows, pass_cost, policy_pass, tight_groups
 from rlhf.workers import ALONE, Workers
 
 
@@ -72,11 +72,11 @@ def evaluate_tokens(model, ref_logprobs, rows: list[tuple[list[int], list[int]]]
     @torch.no_grad()  # of the thread that runs it
     def evaluate(group: list[int]) -> list[torch.Tensor]:
         batch = make_rows([rows[i][0] for i in group], [rows[i][1] for i in group], pad_id, device)
-        logprobs_BC, entropy_BC, values_BC = model(batch, temperature)
+        logprobs_BC, entropy_BC, values_BC = model(batch, temperature, entropies=True)
         return [t.float().cpu() for t in (logprobs_BC, ref_logprobs(batch), entropy_BC, values_BC)]
 
     results: list = [None] * len(rows)
-    groups = tight_groups([len(p) + len(c) for p, c in rows], budget, workers.count)
+    groups = tight_groups([len(p) + len(c) for p, c in rows], budget, workers.count, pass_cost(model))
     for group, columns in zip(groups, workers.map(evaluate, groups), strict=True):
         for place, i in enumerate(group):
             results[i] = tuple(t[place, : len(rows[i][1])] for t in columns)

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from rlhf.encoding import Encoder
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
 from rlhf.models import adapters_merged, as_written, unwrapped
+from rlhf.passes import pass_cost, tight_groups
 from rlhf.workers import ALONE, Workers, callers_autocast
 
 WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
@@ -42,6 +43,17 @@ class BufferLayer(DynamicLayer):
         self.values[:, :, self.filled : end] = value_states
         self.filled = end
         return self.keys, self.values
+
+    @classmethod
+    def joined(cls, parts: list["BufferLayer"]) -> "BufferLayer":
+        """The rows of all parts as one batch, each flush right before the room ahead."""
+        whole, most = cls(), max(part.filled for part in parts)
+        columns = round_up(most, WIDTH_STEP)
+        for name in ("keys", "values"):
+            states = [getattr(part, name)[:, :, : part.filled] for part in parts]
+            setattr(whole, name, torch.cat([F.pad(s, (0, 0, most - s.shape[2], columns - most)) for s in states]))
+        whole.dtype, whole.device, whole.is_initialized, whole.filled = parts[0].dtype, parts[0].device, True, most
+        return whole
 
     def get_mask_sizes(self, query_length, *args, **kwargs) -> tuple[int, int]:
         """(columns of keys that attention gets, 0): those not yet filled are masked."""
@@ -82,7 +94,7 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
 
     completions: list[list[int]] = [[] for _ in prompts]
     # as_written: a past that grows would be compiled again and again
-    with adapters_merged(policy), _cast_once(policy), _attention_for_sampling(policy), as_written():
+    with adapters_merged(policy), _attention_for_sampling(policy), as_written():
         for rows, sampled in zip(parts, workers.map(completions_of, parts), strict=True):
             for i, ids in zip(rows, sampled, strict=True):
                 completions[i] = ids
@@ -93,19 +105,6 @@ def _parts(rows: list[int], count: int) -> list[list[int]]:
     """Rows in at most `count` consecutive parts of like size."""
     size = -(-len(rows) // count)
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-@contextlib.contextmanager
-def _cast_once(policy):
-    """Autocast keeps the bf16 copy of a weight only while the weight wants a gradient: inside, those under LoRA's adapters do too."""
-    frozen = [p for p in policy.parameters() if not p.requires_grad and p.is_floating_point()]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
 
 
 def _one_token_attention(module, query, key, value, attention_mask, scaling=None, **settings):
@@ -147,36 +146,53 @@ def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[li
     different = list(map(list, places))
     mask_BT = left_pad_mask([len(p) for p in different]).to(device)
     width = mask_BT.shape[1]
+    position = mask_BT.sum(1, keepdim=True) - 1  # of the newest token
     mask_BT = torch.cat([mask_BT, mask_BT.new_zeros(len(different), limit + WIDTH_STEP)], 1)  # a column turns True when its token is there
-    layers = [BufferLayer() for _ in range(policy.config.get_text_config().num_hidden_layers)]
+    logits, layers = _read(policy, different, encoder.pad_id)
+    if len(different) < len(prompts):
+        rows = torch.tensor(read, device=device)
+        logits, position, mask_BT = logits[rows], position[rows], mask_BT[rows]
+        for layer in layers:
+            layer.keep_rows(rows)
     cache = Cache(layers=layers)
-    ids, position = left_pad(different, encoder.pad_id).to(device), positions(mask_BT[:, :width])
     uniforms_BC, running, sampled = uniforms_BC.to(device), torch.arange(len(prompts), device=device), []
     going = torch.ones_like(running, dtype=torch.bool)
     for column in range(limit):
-        seen_BT = mask_BT[:, : round_up(width + column, WIDTH_STEP)]
-        logits = policy(input_ids=ids, attention_mask=seen_BT, position_ids=position, past_key_values=cache, use_cache=True,
-                        logits_to_keep=1).logits[:, -1]
-        if column == 0 and len(different) < len(prompts):
-            rows = torch.tensor(read, device=device)
-            logits, position, mask_BT = logits[rows], position[rows], mask_BT[rows]
-            for layer in layers:
-                layer.keep_rows(rows)
         ids = _draw(logits, uniforms_BC[:, column], temperature)[:, None]
         sampled.append((running, ids[:, 0]))
         mask_BT[:, width + column] = True
         going = going & (ids[:, 0] != encoder.eos_id)
         left = int(going.sum())
-        if left == 0:
+        if left == 0 or column + 1 == limit:
             break
-        position = position[:, -1:] + 1
+        position = position + 1
         # Rows that ended go on producing ids that nobody reads until enough of them leave together
         if left < COMPACT_BELOW * len(running) and round_up(left, ROWS_STEP) < len(running):
             kept = going.int().argsort(descending=True, stable=True)[: round_up(left, ROWS_STEP)]
             for layer in layers:
                 layer.keep_rows(kept)
             running, ids, position, uniforms_BC, mask_BT, going = (t[kept] for t in (running, ids, position, uniforms_BC, mask_BT, going))
+        seen_BT = mask_BT[:, : round_up(width + column + 1, WIDTH_STEP)]
+        logits = policy(input_ids=ids, attention_mask=seen_BT, position_ids=position, past_key_values=cache, use_cache=True,
+                        logits_to_keep=1).logits[:, -1]
     return _until_eos(sampled, len(prompts), encoder)
+
+
+def _read(policy, prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, list[BufferLayer]]:
+    """Logits [B, V] after each prompt, and the keys and values of all, flush right. Prompts, the shortest first, are read in narrow groups."""
+    lengths, device = [len(p) for p in prompts], next(policy.parameters()).device
+    parts = []
+    for group in tight_groups(lengths, sum(lengths) * len(lengths), cost=pass_cost(policy)):
+        layers = [BufferLayer() for _ in range(policy.config.get_text_config().num_hidden_layers)]
+        mask_BT = left_pad_mask([lengths[i] for i in group]).to(device)
+        width = mask_BT.shape[1]
+        logits = policy(input_ids=left_pad([prompts[i] for i in group], pad_id).to(device), position_ids=positions(mask_BT),
+                        attention_mask=F.pad(mask_BT, (0, round_up(width, WIDTH_STEP) - width)), past_key_values=Cache(layers=layers),
+                        use_cache=True, logits_to_keep=1).logits[:, -1]
+        parts.append((logits, layers))
+    if len(parts) == 1:
+        return logits, layers
+    return torch.cat([logits for logits, _ in parts]), [BufferLayer.joined(list(same)) for same in zip(*(layers for _, layers in parts), strict=True)]
 
 
 def _draw(logits_BV, uniforms_B, temperature) -> torch.Tensor:

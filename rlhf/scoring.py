@@ -14,8 +14,8 @@ import torch
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
-from rlhf.models import load_encoder, load_reward_model, longest_row
-from rlhf.passes import even_groups
+from rlhf.models import hold_for_products, load_encoder, load_reward_model, longest_row
+from rlhf.passes import even_groups, pass_cost
 from rlhf.workers import ALONE, Workers, callers_autocast
 
 BUDGET = 16_384  # tokens in one pass
@@ -44,7 +44,7 @@ def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = B
         with autocast():
             return reward_model(input_ids=ids_BT, attention_mask=mask_BT.long()).logits[:, 0].float().cpu()
 
-    scores_B, groups = torch.empty(len(rows)), even_groups([len(r) for r in rows], budget, workers.count)
+    scores_B, groups = torch.empty(len(rows)), even_groups([len(r) for r in rows], budget, workers.count, pass_cost(reward_model))
     for group, scores in zip(groups, workers.map(scores_of, groups), strict=True):
         scores_B[group] = scores
     return scores_B
@@ -164,11 +164,15 @@ def member_folders(stage: Path, members: int) -> list[Path]:
 
 def load_scorer(folders: list[Path], rule: str, uncertainty_coef: float, attention: str, device, trust_remote_code: bool = False,
                 workers: Workers = ALONE, budget: int = BUDGET) -> Scorer:
-    """The reward model at a folder, or an ensemble of several; `workers` and `budget` as in raw_scores."""
+    """The reward model at a folder, or an ensemble of several; `workers` and `budget` as in raw_scores.
+
+    Loaded under an autocast they hold their weights in its dtype, and are then called under it (`rlhf.models.hold_for_products`).
+    """
     scorers = []
     for folder in folders:
         encoder = load_encoder(str(folder), trust_remote_code)
-        model = load_reward_model(str(folder), encoder, attention, trust_remote_code).to(device)
+        model = load_reward_model(str(folder), encoder, attention, trust_remote_code).to(device).requires_grad_(False)
+        hold_for_products(model)
         scorers.append(RewardModelScorer(model, encoder, workers, budget))
     return scorers[0] if len(scorers) == 1 else EnsembleScorer(scorers, rule, uncertainty_coef)
 

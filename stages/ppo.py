@@ -12,7 +12,6 @@ clipped updates. What is random follows from (seed, step), so a resumed run goes
 Simplified on purpose: every process holds the whole rollout (ids and a few floats a token), which makes one process and many the same.
 """
 
-import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -88,11 +87,11 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         return figures
 
     def save(place: Path) -> None:
-        """The policy as it is now, from the main process; a copy of one with LoRA, whose adapters saving merges for good."""
+        """The policy as it is now, from the main process."""
         weights = full_weights(learner.policy, keep=stage.main)
         if stage.main:
             with replacing_folder(place) as folder:
-                save_model(copy.deepcopy(learner.policy) if config.model.lora_rank else learner.policy, encoder, folder, weights)
+                save_model(learner.policy_to_save(), encoder, folder, weights)
 
     with Progress("ppo", settings.rollouts, state["step"]) as bar:
         for step in range(state["step"], settings.rollouts):

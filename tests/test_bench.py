@@ -104,6 +104,23 @@ def test_the_timed_step_is_the_stages_step(run, tmp_path):
     assert found["tokens"] == sum(len(p.ids) for p in rows) + round(8 * found["length_mean"])
 
 
+def test_P12_with_lora_the_saved_policy_is_fp32_though_what_is_frozen_is_held_in_bf16_and_shared(run):
+    """SFT's weights as they are on disk, and the adapters' product added: B·A times alpha over rank."""
+    config = load_config("configs/tiny.yaml", [*SMALL, "run.precision=bf16", "model.lora_rank=2", "model.lora_alpha=6", f"run.dir={run}"])
+    encoder = load_encoder(str(run / "sft" / "model"))
+    learner = Learner(config, start(config), encoder)
+    layer = learner.policy.get_base_model().transformer.h[1].mlp.c_fc
+    lora_a, lora_b = (adapter["default"].weight for adapter in (layer.lora_A, layer.lora_B))
+    torch.nn.init.normal_(lora_b, std=0.3)
+    sft = load_policy(str(run / "sft" / "model"), encoder, "eager").transformer.h[1].mlp.c_fc.weight
+    saved = learner.policy_to_save().merge_and_unload().transformer.h[1].mlp.c_fc.weight
+    torch.testing.assert_close(saved, sft + 3 * (lora_b @ lora_a).T)
+    assert layer.base_layer.weight.dtype == torch.bfloat16 and saved.dtype == torch.float32
+    assert (saved - sft).abs().max() > 0.1 and torch.equal(lora_b, layer.lora_B["default"].weight)  # and the one in use keeps its adapters
+    value, reward = learner.model.value_model.trunk.h[0].attn.c_attn.base_layer.weight, learner.scorer.model.transformer.h[0].attn.c_attn.weight
+    assert value.data_ptr() == reward.data_ptr() and value.dtype == torch.bfloat16
+
+
 def test_no_more_rows_are_sampled_at_once_than_microbatches_allow_and_answers_stay_the_same(run, monkeypatch):
     at_once, completions = [], []
     plain = rlhf.learner.sample

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from rlhf.models import add_lora, new_gpt, save_model
-from tests.helpers import nano, tiny_encoder
+from rlhf.models import add_lora, hold_for_products, new_gpt, save_model, share_equal
+from rlhf.rankings import fp32_head
+from tests.helpers import llama, nano, rough, tiny_encoder
 
 ENCODER = tiny_encoder()
 
@@ -71,3 +72,57 @@ def test_whoever_generates_from_a_saved_policy_reads_each_token_once(rank, tmp_p
     policy.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     policy.generate(input_ids=torch.tensor([[5, 40, 41]]), attention_mask=torch.ones(1, 3), max_new_tokens=4, min_new_tokens=4)
     assert read == [3, 1, 1, 1]
+
+
+# Frozen weights held for products
+
+def classifier(encoder):
+    torch.manual_seed(2)
+    model = LlamaForSequenceClassification(LlamaConfig(**{**llama(encoder).config.to_dict(), "num_labels": 1}))
+    model.config.pad_token_id = encoder.pad_id
+    fp32_head(model)
+    return rough(model, 5)
+
+
+FROZEN = {
+    "gpt2, tied": lambda: nano(ENCODER).requires_grad_(False),
+    "llama, not tied": lambda: llama(ENCODER).requires_grad_(False),
+    "reward model": lambda: classifier(ENCODER).requires_grad_(False),
+    "lora": lambda: rough(add_lora(nano(ENCODER), 2, 4, "CAUSAL_LM"), 3, 0.05),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+@torch.no_grad()
+def test_what_is_held_for_products_gives_the_same_numbers_to_the_bit(name):
+    model, ids = FROZEN[name]().eval(), torch.tensor([[5, 40, 41, 7, 200, 9]])
+    trained = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(input_ids=ids).logits
+        hold_for_products(model)
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert all(torch.equal(p, trained[n]) and p.dtype == torch.float32 for n, p in model.named_parameters() if p.requires_grad)
+    products = {n: p.dtype for n, p in model.named_parameters() if not p.requires_grad and n.endswith("weight") and p.ndim == 2}
+    rounded = {n for n, dtype in products.items() if dtype == torch.bfloat16}
+    assert rounded == {n for n in products if "wte" not in n and "wpe" not in n and "embed" not in n and "score" not in n} and len(rounded) > 4
+    assert bool(trained) == (name == "lora")
+
+
+def test_nothing_is_held_for_products_without_autocast_nor_what_is_trained():
+    model = nano(ENCODER).requires_grad_(False)
+    hold_for_products(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        hold_for_products(trained := nano(ENCODER))
+    assert {p.dtype for m in (model, trained) for p in m.parameters()} == {torch.float32}
+    assert trained.lm_head.weight is trained.transformer.wte.weight
+
+
+def test_equal_frozen_weights_are_shared_and_no_others():
+    mine, theirs = add_lora(nano(ENCODER), 2, 4, "CAUSAL_LM").get_base_model(), nano(ENCODER).requires_grad_(False)
+    with torch.no_grad():
+        mine.transformer.h[0].ln_1.bias.add_(1)
+    mine.transformer.h[1].ln_2.bias.data = mine.transformer.h[1].ln_2.bias.double()
+    share_equal(mine, theirs)
+    of_theirs = {p.data_ptr() for p in theirs.parameters()}
+    own = {n for n, p in mine.named_parameters() if p.data_ptr() not in of_theirs}
+    assert own == {"transformer.h.0.ln_1.bias", "transformer.h.1.ln_2.bias"} | {n for n, p in mine.named_parameters() if "lora_" in n}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model, save_model
-from rlhf.passes import PASS_TOKENS, PolicyAndValue, ValueModel, by_tokens, even_groups, logprob_sums, make_rows, policy_pass, tight_groups
+from rlhf.passes import LONG, SHORT, PolicyAndValue, ValueModel, by_tokens, even_groups, logprob_sums, make_rows, policy_pass, tight_groups
 from tests.helpers import CONTEXT, linear_head, llama, naive_logprobs, nano, rough, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -65,7 +65,9 @@ def test_A3_a_completion_without_tokens_is_refused():
 def test_B2_logprobs_of_padded_rows_are_those_of_each_row_alone(name, temperature):
     policy = POLICIES[name]().eval()
     with torch.no_grad():
-        logprobs, entropy, _ = policy_pass(policy, rows(), temperature)
+        logprobs, entropy, _ = policy_pass(policy, rows(), temperature, entropies=True)
+        alone, none, _ = policy_pass(policy, rows(), temperature)
+    assert torch.equal(alone, logprobs) and none is None
     for b, (prompt, completion) in enumerate(PAIRS):
         expected = naive_logprobs(policy, prompt, completion, temperature)
         torch.testing.assert_close(logprobs[b, : len(completion)].double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-5)
@@ -133,9 +135,9 @@ def padded(length):
 
 
 @given(st.one_of(st.lists(st.integers(1, 30), min_size=1, max_size=25), st.lists(st.sampled_from([3, 8, 9, 200]), min_size=1, max_size=80)),
-       st.integers(1, 20_000), st.integers(1, 8), st.sampled_from([by_tokens, tight_groups, even_groups]))
-def test_P4_groups_hold_every_row_once_within_the_budget(lengths, budget, at_least, grouped):
-    groups = grouped(lengths, budget, at_least)
+       st.integers(1, 20_000), st.integers(1, 8), st.sampled_from([by_tokens, tight_groups, even_groups]), st.sampled_from([SHORT, LONG]))
+def test_P4_groups_hold_every_row_once_within_the_budget(lengths, budget, at_least, grouped, cost):
+    groups = grouped(lengths, budget, at_least, cost)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(group) == 1 or len(group) * padded(max(lengths[i] for i in group)) <= budget for group in groups)
     assert len(groups) >= min(at_least, len(lengths)) and all(groups)
@@ -149,14 +151,14 @@ def test_P4_groups_by_hand():
     assert sorted(map(len, by_tokens([3, 3, 3, 3], 100, at_least=3))) == [1, 1, 2]
 
 
-def cost(lengths, groups):
+def total(lengths, groups, cost):
     """Tokens with padding, and those that the passes are worth."""
-    return sum(len(group) * padded(max(lengths[i] for i in group)) + PASS_TOKENS for group in groups)
+    return sum(len(group) * padded(max(lengths[i] for i in group)) + cost.tokens for group in groups)
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=100), st.integers(300, 20_000))
-def test_P4_tight_groups_never_cost_more(lengths, budget):
-    assert cost(lengths, tight_groups(lengths, budget)) <= cost(lengths, by_tokens(lengths, budget))
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=100), st.integers(300, 20_000), st.sampled_from([SHORT, LONG]))
+def test_P4_tight_groups_never_cost_more(lengths, budget, cost):
+    assert total(lengths, tight_groups(lengths, budget, cost=cost), cost) <= total(lengths, by_tokens(lengths, budget, cost=cost), cost)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=100), st.integers(300, 20_000), st.integers(2, 4))
@@ -179,6 +181,14 @@ def test_P4_even_groups_by_hand():
     assert list(map(len, even_groups([40] * 20, 10_000, 2))) == [8, 12]
     # three groups of 32 rows have no room for fewer, and each worker takes the next when it is free
     assert list(map(len, even_groups([8] * 96, 256, 2))) == [32, 32, 32]
+
+
+def test_P4_tight_groups_of_long_passes_by_hand():
+    """A pass is worth 96 tokens, and cuts lie anywhere."""
+    # together 4 x 200 + 96 = 896; in two 2 x 48 + 2 x 200 + 2 x 96 = 688; in three, 40 and 48 apart too, 40 + 48 + 400 + 3 x 96 = 776
+    assert tight_groups([200, 40, 195, 48], 10_000, cost=LONG) == [[1, 3], [2, 0]]
+    # together 3 x 120 + 96 = 456; cut after the first 40 + 240 + 192 = 472
+    assert tight_groups([120, 40, 120], 10_000, cost=LONG) == [[1, 0, 2]]
 
 
 def test_P4_tight_groups_by_hand():

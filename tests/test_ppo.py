@@ -134,7 +134,7 @@ def whole_curve():
 
 def curve_of_microbatches(rows):
     """Ten rollouts whose minibatches of 8 rows are computed `rows` at a time, in the rollout's forward passes too."""
-    def groups(lengths, budget, at_least=1):
+    def groups(lengths, budget, at_least, cost):
         return [list(range(start, min(start + rows, len(lengths)))) for start in range(0, len(lengths), rows)]
 
     with pytest.MonkeyPatch.context() as patch:

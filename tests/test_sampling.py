@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf.models import adapted_layers, adapters_merged, add_lora
-from rlhf.sampling import ONE_TOKEN, _draw, _one_token_attention, draw_uniforms, sample
+import rlhf.sampling
+from rlhf.models import adapted_layers, adapters_merged, add_lora, hold_for_products
+from rlhf.passes import PassCost
+from rlhf.sampling import ONE_TOKEN, BufferLayer, _draw, _one_token_attention, draw_uniforms, sample
 from rlhf.workers import Workers
 from tests.helpers import llama, nano, rough, snapshot, some_prompts, tiny_encoder
 
@@ -58,6 +60,30 @@ def test_B2_S1_tokens_are_those_of_a_naive_sampler(name, temperature):
     uniforms = draw_uniforms(len(PROMPTS), 10, 3)
     expected = [naive_sample(policy, p, u, temperature) for p, u in zip(PROMPTS, uniforms.tolist(), strict=True)]
     assert sample(policy, PROMPTS, uniforms, ENCODER, temperature, len(PROMPTS)) == expected
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_B2_prompts_that_are_read_apart_are_answered_as_by_a_naive_sampler(name, monkeypatch):
+    """Cut wherever a group gets narrower; some prompts come twice."""
+    monkeypatch.setattr(rlhf.sampling, "pass_cost", lambda model: PassCost(tokens=0, rows=1))
+    policy, read, prompts = POLICIES[name]().eval(), [], [PROMPTS[1] + [40] * extra for extra in (17, 0, 33, 9, 0, 33, 25)]
+    whole = rlhf.sampling.tight_groups
+    monkeypatch.setattr(rlhf.sampling, "tight_groups", lambda *args, **more: (read.extend(groups := whole(*args, **more)), groups)[1])
+    uniforms = draw_uniforms(len(prompts), 10, 3)
+    expected = [naive_sample(policy, p, u, 1.0) for p, u in zip(prompts, uniforms.tolist(), strict=True)]
+    assert sample(policy, prompts, uniforms, ENCODER, 1.0, len(prompts)) == expected
+    assert len(read) > 1
+
+
+def test_B2_parts_of_a_batch_are_joined_flush_right_by_hand():
+    parts = [BufferLayer(), BufferLayer()]
+    for part, states in zip(parts, ([[1.0, 2, 3]], [[4.0], [5]]), strict=True):
+        part.update(torch.tensor(states)[:, None, :, None], -torch.tensor(states)[:, None, :, None])
+    joined = BufferLayer.joined(parts)
+    assert joined.keys[:, 0, :, 0].tolist() == [row + [0.0] * 13 for row in ([1, 2, 3], [0, 0, 4], [0, 0, 5])]
+    assert torch.equal(joined.values, -joined.keys) and joined.get_seq_length() == 3
+    joined.update(torch.full((3, 1, 1, 1), 6.0), torch.zeros(3, 1, 1, 1))
+    assert joined.keys[:, 0, 2:4, 0].tolist() == [[3, 6], [4, 6], [5, 6]]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -173,14 +199,14 @@ def test_B2_attention_of_one_token_shares_keys_and_values_among_heads_and_leaves
 
 
 @pytest.mark.parametrize("name", ["gpt2", "lora", "llama"])
-def test_weights_are_cast_once_for_all_tokens_frozen_ones_too(name):
-    """Per token it took longer than the products themselves; afterwards what was frozen is frozen again."""
+def test_weights_are_cast_once_for_all_tokens_and_frozen_ones_that_are_held_for_products_never(name):
+    """Per token it took longer than the products themselves."""
     policy = POLICIES[name]().eval()
-    wanted = {n: p.requires_grad for n, p in policy.named_parameters()}
-    with torch.autocast("cpu", torch.bfloat16), CountsCasts([p for p in policy.parameters() if p.ndim == 2]) as casts:
-        completions = sample(policy, PROMPTS, draw_uniforms(len(PROMPTS), 5, 3), ENCODER, 1.0, len(PROMPTS))
-    assert max(map(len, completions)) == 5 and max(casts.counts.values()) == 1
-    assert {n: p.requires_grad for n, p in policy.named_parameters()} == wanted
+    with torch.autocast("cpu", torch.bfloat16):
+        hold_for_products(policy)
+        with CountsCasts([p for p in policy.parameters() if p.ndim == 2]) as casts:
+            completions = sample(policy, PROMPTS, draw_uniforms(len(PROMPTS), 5, 3), ENCODER, 1.0, len(PROMPTS))
+    assert max(map(len, completions)) == 5 and max(casts.counts.values()) == (0 if name == "lora" else 1)
 
 
 def test_uniform_numbers_follow_from_the_seeds_alone():

@@ -9,7 +9,7 @@ Shapes: N tokens, D hidden width, V vocabulary. Everything comes out in fp32, na
 import torch
 
 CHUNK = 2**20  # logits alive at a time, at the least; a chunk of them fits into a core's cache
-CHUNK_TOKENS = 128  # at the least: a product of fewer rows waits for the weights
+CHUNK_TOKENS = 256  # at the least: a gradient as large as the output layer is made for every chunk
 
 
 def token_logprobs(logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature: float, entropies: bool = True) -> tuple[torch.Tensor, ...]:
@@ -54,13 +54,13 @@ class _OutputLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N, *_):
         hidden, weight, ids_N, log_z_N1 = ctx.saved_tensors
-        grads_hidden, grad_weight = [], 0.0
+        grads_hidden, grad_weight = [], None
         for h, ids, log_z, grad in _chunks(weight, hidden, ids_N, log_z_N1, grad_N):
             by_logits = _softmax_less_one_hot(_logits(h, weight, ctx.temperature), log_z, ids)
             by_logits = by_logits.mul_(-grad[:, None] / ctx.temperature).to(weight.dtype)
             grads_hidden.append(by_logits @ weight)
             if ctx.needs_input_grad[1]:  # not with LoRA
-                grad_weight = grad_weight + (by_logits.T @ h).to(log_z.dtype)
+                grad_weight = _added(grad_weight, (by_logits.T @ h).to(log_z.dtype))
         return torch.cat(grads_hidden).to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None, None, None, None
 
 
@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, ids_N):
         hidden, weight = _for_products(hidden_ND, weight_VD)
-        loss, grads_hidden, grad_weight = 0.0, [], 0.0
+        loss, grads_hidden, grad_weight = 0.0, [], None
         with torch.autocast(hidden.device.type, enabled=False):
             for h, ids in _chunks(weight, hidden, ids_N):
                 logits = _logits(h, weight, 1.0)
@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss = loss + (log_z - logits.gather(1, ids[:, None])).sum()
                 by_logits = _softmax_less_one_hot(logits, log_z, ids).to(weight.dtype)
                 grads_hidden.append(by_logits @ weight)
-                grad_weight = grad_weight + (by_logits.T @ h).to(log_z.dtype)
+                grad_weight = _added(grad_weight, (by_logits.T @ h).to(log_z.dtype))
         ctx.save_for_backward(torch.cat(grads_hidden).to(hidden_ND.dtype), grad_weight.to(weight_VD.dtype))
         return loss
 
@@ -106,6 +106,11 @@ def _logits(hidden, weight, temperature: float) -> torch.Tensor:
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.div_(temperature) if temperature != 1.0 else logits
+
+
+def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """In the place of `total`: both are as large as the output layer."""
+    return part if total is None else total.add_(part)
 
 
 def _softmax_less_one_hot(logits, log_z, ids) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 import os
 
-# Before torch is first imported, or it has no effect. Threads of OpenMP that wait by spinning stop each other where cores are shared with
-# anything else: on a busy 2-core machine a training step took 1,100-1,700 ms spinning and 104-118 ms sleeping (configs/EXPERIMENTS.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is first imported, or it has no effect. OpenMP threads that wait by spinning stop each other where cores are shared with anything
+# else; those that sleep at once lose a third of the time on an idle machine. A thousand turns, some microseconds, and then sleep is close to the
+# better of the two on either (configs/EXPERIMENTS.md, "Speed on two cores").
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"

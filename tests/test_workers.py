@@ -68,18 +68,20 @@ def test_the_optimizers_of_pretraining_hold_every_weight_once_and_step_alike_in_
 
 
 @pytest.mark.parametrize("entry", ["rlhf.cli", *(f"stages.{name}" for name in STAGES)])
-def test_threads_wait_asleep_however_the_program_is_started(entry):
+@pytest.mark.parametrize(("own", "wanted"), [({}, ["PASSIVE", "1000"]), ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"]),
+                                             ({"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"])])
+def test_threads_soon_wait_asleep_however_the_program_is_started_unless_a_person_says_otherwise(entry, own, wanted):
     """`python -m stages.reward` once imported torch before rlhf: its threads spun, and beside other work its steps took many times as long."""
     script = f"""
 import importlib, os, sys
 class AtTorch:
     def find_spec(self, name, path, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
             sys.exit()
 sys.meta_path.insert(0, AtTorch())
 importlib.import_module("{entry}")
 """
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | own
     done = subprocess.run([sys.executable, "-c", script], cwd=PACKAGE.parent, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() in ([], ["PASSIVE"]), done.stderr  # the pipeline's command line needs no torch before it runs a stage
+    assert done.stdout.split() in ([], wanted), done.stderr  # the pipeline's command line needs no torch before it runs a stage

@@ -3,8 +3,8 @@
 import os
 
 # Before torch is first imported, or it has no effect. OpenMP threads that wait by spinning stop each other where cores are shared with anything
-# else; those that sleep at once lose a third of the time on an idle machine. A thousand turns, some microseconds, and then sleep is close to the
-# better of the two on either (configs/EXPERIMENTS.md, "Speed on two cores").
+# else; those that sleep at once lose a third of a large model's time on an idle machine. A thousand turns and then sleep is as fast as spinning
+# there, and beside other work loses little of what sleep gains for small models (configs/EXPERIMENTS.md, "Speed on two cores").
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

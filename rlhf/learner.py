@@ -3,6 +3,7 @@
 `roll` and `learn` are called by all processes together; the seconds of their phases stand in `clock`.
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -34,10 +35,9 @@ class Learner:
         settings, sft, trust = config.ppo, Path(config.run.dir) / "sft" / "model", config.model.trust_remote_code
         device, attention = accelerator.device, attention_kernel(config.model.attention, accelerator.device)
         self.config, self.accelerator, self.encoder = config, accelerator, encoder
+        self._load_sft = functools.partial(load_policy, str(sft), encoder, attention, trust)
         self.policy = self._new_policy().to(device)
-        ref_policy = None
-        if not config.model.lora_rank:
-            ref_policy = load_policy(str(sft), encoder, attention, trust).to(device).requires_grad_(False)
+        ref_policy = None if config.model.lora_rank else self._load_sft().to(device).requires_grad_(False)
         with accelerator.autocast():  # what is frozen is held in its precision; the passes below are all under it
             self.scorer, reward_folders = scorer_of(config, Path(config.run.dir) / within, attention, device,
                                                     workers_for(accelerator, self.policy))
@@ -45,11 +45,9 @@ class Learner:
             for part in (self.policy, ref_policy, value_model.trunk):
                 if part is not None:
                     hold_for_products(part)
+                    compile_blocks(part, config.model.compile)
         if config.model.lora_rank and value_model.trunk is not None and isinstance(self.scorer, RewardModelScorer):
             share_equal(value_model.trunk, self.scorer.model)
-        for part in (self.policy, ref_policy, value_model.trunk):
-            if part is not None:
-                compile_blocks(part, config.model.compile)
         model = PolicyAndValue(self.policy, value_model)
         self.model, self.optimizer = accelerator.prepare(model, ppo_optimizer(model, settings.lr, settings.value_lr, settings.last_norm_lr))
         if sharded(accelerator):
@@ -61,10 +59,7 @@ class Learner:
 
     def _new_policy(self):
         """The SFT model in fp32, with fresh adapters where the run has LoRA."""
-        model = self.config.model
-        attention = attention_kernel(model.attention, self.accelerator.device)
-        policy = load_policy(str(Path(self.config.run.dir) / "sft" / "model"), self.encoder, attention, model.trust_remote_code)
-        return add_lora(policy, model.lora_rank, model.lora_alpha, "CAUSAL_LM")
+        return add_lora(self._load_sft(), self.config.model.lora_rank, self.config.model.lora_alpha, "CAUSAL_LM")
 
     def policy_to_save(self):
         """The policy; one with LoRA as a copy in fp32, whose adapters saving may merge for good."""

@@ -6,6 +6,7 @@ is batched with, nor on how many processes share the work. top_k and top_p do no
 
 import contextlib
 import hashlib
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +183,7 @@ def _read(policy, prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, 
     """Logits [B, V] after each prompt, and the keys and values of all, flush right. Prompts, the shortest first, are read in narrow groups."""
     lengths, device = [len(p) for p in prompts], next(policy.parameters()).device
     parts = []
-    for group in tight_groups(lengths, sum(lengths) * len(lengths), cost=pass_cost(policy)):
+    for group in tight_groups(lengths, sys.maxsize, cost=pass_cost(policy)):
         layers = [BufferLayer() for _ in range(policy.config.get_text_config().num_hidden_layers)]
         mask_BT = left_pad_mask([lengths[i] for i in group]).to(device)
         width = mask_BT.shape[1]

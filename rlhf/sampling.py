@@ -1,72 +1,25 @@
-"""Sampling completions from a policy: finished rows leave the batch, keys and values live in buffers with room ahead, equal prompts are read once.
+"""Sampling completions from a policy: finished rows leave the batch, equal prompts are read once.
 
 A row's randomness is drawn before it is sampled (one uniform number a token), so what a prompt gets does not depend on which rows it
 is batched with, nor on how many processes share the work. top_k and top_p do not exist here (CANON S1).
 """
 
-import contextlib
 import hashlib
 import sys
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.cache_utils import Cache
 
+from rlhf.decoding import PAST_STEP, BufferLayer, attention_for_sampling, decoder
 from rlhf.encoding import Encoder
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
-from rlhf.models import adapters_merged, as_written, unwrapped
+from rlhf.models import adapters_merged, as_written
 from rlhf.passes import pass_cost, tight_groups
 from rlhf.workers import ALONE, Workers, callers_autocast
 
-WIDTH_STEP, ROWS_STEP = 16, 32  # the past and the batch take few different sizes: oneDNN compiles a kernel for every new shape
+ROWS_STEP = 8  # the batch takes few different sizes, as the past does
 COMPACT_BELOW = 0.75  # the batch is repacked when fewer of its rows than this are still running
-ONE_TOKEN = "one_token"  # the attention for CPUs below, under a name of its own among those of `transformers`
-
-
-class BufferLayer(DynamicLayer):
-    """Keys and values of one layer in buffers that grow by WIDTH_STEP columns: most steps write one column instead of copying the whole past."""
-
-    def __init__(self):
-        super().__init__()
-        self.filled = 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        end = self.filled + key_states.shape[2]
-        if (more := round_up(end, WIDTH_STEP) - self.keys.shape[2]) > 0:
-            self.keys, self.values = (F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values))
-        self.keys[:, :, self.filled : end] = key_states
-        self.values[:, :, self.filled : end] = value_states
-        self.filled = end
-        return self.keys, self.values
-
-    @classmethod
-    def joined(cls, parts: list["BufferLayer"]) -> "BufferLayer":
-        """The rows of all parts as one batch, each flush right before the room ahead."""
-        whole, most = cls(), max(part.filled for part in parts)
-        columns = round_up(most, WIDTH_STEP)
-        for name in ("keys", "values"):
-            states = [getattr(part, name)[:, :, : part.filled] for part in parts]
-            setattr(whole, name, torch.cat([F.pad(s, (0, 0, most - s.shape[2], columns - most)) for s in states]))
-        whole.dtype, whole.device, whole.is_initialized, whole.filled = parts[0].dtype, parts[0].device, True, most
-        return whole
-
-    def get_mask_sizes(self, query_length, *args, **kwargs) -> tuple[int, int]:
-        """(columns of keys that attention gets, 0): those not yet filled are masked."""
-        query_length = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return round_up(self.filled + query_length, WIDTH_STEP), 0
-
-    def get_seq_length(self) -> int:
-        return self.filled
-
-    def keep_rows(self, rows: torch.Tensor) -> None:
-        """The batch becomes these of its rows; a row may be wanted more than once."""
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
 
 
 def draw_uniforms(rows: int, columns: int, *seeds: int) -> torch.Tensor:
@@ -91,11 +44,12 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
     @torch.no_grad()  # of the thread that runs it; not inference_mode, in which autocast casts every weight anew for every token
     def completions_of(rows: list[int]) -> list[list[int]]:
         with autocast():
-            return _sample_batch(policy, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
+            return _sample_batch(policy, decode, [prompts[i] for i in rows], uniforms_BC[rows], encoder, temperature)
 
     completions: list[list[int]] = [[] for _ in prompts]
     # as_written: a past that grows would be compiled again and again
-    with adapters_merged(policy), _attention_for_sampling(policy), as_written():
+    with adapters_merged(policy), attention_for_sampling(policy), as_written():
+        decode = decoder(policy)
         for rows, sampled in zip(parts, workers.map(completions_of, parts), strict=True):
             for i, ids in zip(rows, sampled, strict=True):
                 completions[i] = ids
@@ -108,39 +62,7 @@ def _parts(rows: list[int], count: int) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _one_token_attention(module, query, key, value, attention_mask, scaling=None, **settings):
-    """sdpa; for one query a row two plain products, which are faster than its bf16 kernel for CPUs (configs/EXPERIMENTS.md, "A PPO step timed").
-    Heads that share keys and values are lines of one product."""
-    plain = attention_mask is None or attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
-    if query.shape[2] > 1 or not plain or settings.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
-    lines_BKGD = query[:, :, 0].unflatten(1, (key.shape[1], -1))
-    scores_BKGT = (lines_BKGD @ key.transpose(-1, -2)).float() * (scaling or query.shape[-1] ** -0.5)
-    if attention_mask is not None:
-        scores_BKGT = scores_BKGT.masked_fill(~attention_mask, -torch.inf)
-    return (torch.softmax(scores_BKGT, -1).to(value.dtype) @ value).flatten(1, 2)[:, None], None
-
-
-AttentionInterface.register(ONE_TOKEN, _one_token_attention)
-AttentionMaskInterface.register(ONE_TOKEN, sdpa_mask)
-
-
-@contextlib.contextmanager
-def _attention_for_sampling(policy):
-    """A faster attention than the eager one, for models that have sdpa (configs/EXPERIMENTS.md, "A PPO step timed"). Training passes stay eager,
-    whose backward pass is the faster one on CPUs."""
-    model = unwrapped(policy)
-    if not (model.config._attn_implementation == "eager" and model._supports_sdpa):
-        yield
-        return
-    model.set_attn_implementation(ONE_TOKEN if next(model.parameters()).device.type == "cpu" else "sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("eager")
-
-
-def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[list[int]]:
+def _sample_batch(policy, decode, prompts, uniforms_BC, encoder, temperature) -> list[list[int]]:
     device = next(policy.parameters()).device
     limit, places = uniforms_BC.shape[1], {}
     read = [places.setdefault(tuple(p), len(places)) for p in prompts]  # several answers to a prompt: it is read once
@@ -148,14 +70,13 @@ def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[li
     mask_BT = left_pad_mask([len(p) for p in different]).to(device)
     width = mask_BT.shape[1]
     position = mask_BT.sum(1, keepdim=True) - 1  # of the newest token
-    mask_BT = torch.cat([mask_BT, mask_BT.new_zeros(len(different), limit + WIDTH_STEP)], 1)  # a column turns True when its token is there
+    mask_BT = torch.cat([mask_BT, mask_BT.new_zeros(len(different), limit + PAST_STEP)], 1)  # a column turns True when its token is there
     logits, layers = _read(policy, different, encoder.pad_id)
     if len(different) < len(prompts):
         rows = torch.tensor(read, device=device)
         logits, position, mask_BT = logits[rows], position[rows], mask_BT[rows]
         for layer in layers:
             layer.keep_rows(rows)
-    cache = Cache(layers=layers)
     uniforms_BC, running, sampled = uniforms_BC.to(device), torch.arange(len(prompts), device=device), []
     going = torch.ones_like(running, dtype=torch.bool)
     for column in range(limit):
@@ -173,9 +94,7 @@ def _sample_batch(policy, prompts, uniforms_BC, encoder, temperature) -> list[li
             for layer in layers:
                 layer.keep_rows(kept)
             running, ids, position, uniforms_BC, mask_BT, going = (t[kept] for t in (running, ids, position, uniforms_BC, mask_BT, going))
-        seen_BT = mask_BT[:, : round_up(width + column + 1, WIDTH_STEP)]
-        logits = policy(input_ids=ids, attention_mask=seen_BT, position_ids=position, past_key_values=cache, use_cache=True,
-                        logits_to_keep=1).logits[:, -1]
+        logits = decode(ids, position, mask_BT[:, : round_up(width + column + 1, PAST_STEP)], layers)
     return _until_eos(sampled, len(prompts), encoder)
 
 
@@ -188,7 +107,7 @@ def _read(policy, prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, 
         mask_BT = left_pad_mask([lengths[i] for i in group]).to(device)
         width = mask_BT.shape[1]
         logits = policy(input_ids=left_pad([prompts[i] for i in group], pad_id).to(device), position_ids=positions(mask_BT),
-                        attention_mask=F.pad(mask_BT, (0, round_up(width, WIDTH_STEP) - width)), past_key_values=Cache(layers=layers),
+                        attention_mask=F.pad(mask_BT, (0, round_up(width, PAST_STEP) - width)), past_key_values=Cache(layers=layers),
                         use_cache=True, logits_to_keep=1).logits[:, -1]
         parts.append((logits, layers))
     if len(parts) == 1:
@@ -198,7 +117,7 @@ def _read(policy, prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, 
 
 def _draw(logits_BV, uniforms_B, temperature) -> torch.Tensor:
     """Ids [B]: the first whose cumulative probability exceeds the row's uniform number (inverse transform sampling)."""
-    cumulative_BV = torch.softmax(logits_BV.float() / temperature, -1).cumsum(-1)
+    cumulative_BV = torch.softmax(logits_BV.float() / temperature, -1).cumsum_(-1)
     threshold_B1 = (uniforms_B[:, None] * cumulative_BV[:, -1:])
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rlhf.sampling
 from rlhf.models import adapted_layers, adapters_merged, add_lora, hold_for_products
 from rlhf.passes import PassCost
-from rlhf.sampling import ONE_TOKEN, BufferLayer, _draw, _one_token_attention, draw_uniforms, sample
+from rlhf.sampling import _draw, draw_uniforms, sample
 from rlhf.workers import Workers
 from tests.helpers import llama, nano, rough, snapshot, some_prompts, tiny_encoder
 
@@ -73,17 +73,6 @@ def test_B2_prompts_that_are_read_apart_are_answered_as_by_a_naive_sampler(name,
     expected = [naive_sample(policy, p, u, 1.0) for p, u in zip(prompts, uniforms.tolist(), strict=True)]
     assert sample(policy, prompts, uniforms, ENCODER, 1.0, len(prompts)) == expected
     assert len(read) > 1
-
-
-def test_B2_parts_of_a_batch_are_joined_flush_right_by_hand():
-    parts = [BufferLayer(), BufferLayer()]
-    for part, states in zip(parts, ([[1.0, 2, 3]], [[4.0], [5]]), strict=True):
-        part.update(torch.tensor(states)[:, None, :, None], -torch.tensor(states)[:, None, :, None])
-    joined = BufferLayer.joined(parts)
-    assert joined.keys[:, 0, :, 0].tolist() == [row + [0.0] * 13 for row in ([1, 2, 3], [0, 0, 4], [0, 0, 5])]
-    assert torch.equal(joined.values, -joined.keys) and joined.get_seq_length() == 3
-    joined.update(torch.full((3, 1, 1, 1), 6.0), torch.zeros(3, 1, 1, 1))
-    assert joined.keys[:, 0, 2:4, 0].tolist() == [[3, 6], [4, 6], [5, 6]]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -168,34 +157,6 @@ class CountsCasts(TorchDispatchMode):
         if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
             self.counts[args[0].data_ptr()] += 1
         return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("model", [llama, nano, lambda encoder: add_lora(llama(encoder), 2, 4, "CAUSAL_LM")])
-@pytest.mark.parametrize("fused", [True, False])
-def test_models_that_have_sdpa_are_sampled_from_with_another_attention_than_they_are_trained_with(model, fused, monkeypatch):
-    policy, seen = model(ENCODER).eval(), []
-    inner = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    inner.set_attn_implementation("eager")
-    inner.base_model.register_forward_pre_hook(lambda *_: seen.append(inner.config._attn_implementation))
-    monkeypatch.setattr(type(inner), "_supports_sdpa", fused)
-    sample(policy, PROMPTS[:2], draw_uniforms(2, 3, 0), ENCODER, 1.0, 2)
-    assert set(seen) == {ONE_TOKEN if fused else "eager"} and inner.config._attn_implementation == "eager"
-
-
-def test_B2_attention_of_one_token_shares_keys_and_values_among_heads_and_leaves_out_what_is_masked():
-    """Two pairs of heads of width 2, three columns, the last masked. By hand: with keys (ln 2, 0) and (0, ln 4) a query (1, 0) weighs the first two
-    columns 2 : 1, a query (0, 1) 1 : 4; heads 3 and 4 have keys of zero, and weigh them 1 : 1."""
-    a, b = math.log(2), math.log(4)
-    query = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])[None, :, None]
-    key = torch.tensor([[[a, 0.0], [0, b], [9, 9]], [[0, 0], [0, 0], [9, 9]]])[None]
-    value = torch.tensor([[[3.0, 0], [0, 30], [99, 99]], [[2, 0], [0, 4], [99, 99]]])[None]
-    output, _ = _one_token_attention(None, query, key, value, torch.tensor([True, True, False])[None, None, None], scaling=1.0)
-    assert output.shape == (1, 1, 4, 2)
-    assert torch.allclose(output[0, 0], torch.tensor([[2, 10.0], [0.6, 24], [1, 2], [1, 2]]))
-    unmasked, _ = _one_token_attention(None, query, key[:, :, :2], value[:, :, :2], None, scaling=1.0)
-    assert torch.equal(unmasked, output)
-    halved, _ = _one_token_attention(None, query, key, value, torch.tensor([True, True, False])[None, None, None], scaling=0.5)
-    assert torch.allclose(halved[0, 0, 1], torch.tensor([1.0, 20]))  # 1 : 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "lora", "llama"])

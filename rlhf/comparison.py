@@ -219,7 +219,7 @@ def summarise(
 
     samples: ``{"prompt": messages, "family", "id", "answers": {policy: {"text", "gold", "proxy", "judge", "kl", "length", "ended"}}}``.
     judge: the name shown; its scores, ``answer["judge"]``, decide the wins, and being given to one answer at a time they know no order.
-    pair_judge: a judge of two answers decides instead, asked in both orders (`verdicts`). proxy_is_judge: it is the training reward (E2).
+    pair_judge: a judge of two answers decides instead, asked in both orders (`verdicts`). proxy_is_judge: PPO was trained on it (E2).
     Raises ValueError for no samples, a policy without an answer, or a score that is not finite.
     """
     _check(samples, policies)

@@ -15,7 +15,7 @@ from rlhf.progress import say
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its messages, its ids up to where the completion begins, its id, and its family in the embedded world."""
+    """One prompt: its messages, its ids up to where the completion begins, its id, and its family in the embedded world (or in its own file)."""
 
     messages: list[dict]
     ids: list[int]
@@ -35,11 +35,26 @@ def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) ->
 
     path = Path(run_dir) / "data" / "prompts" / f"{split}.jsonl"
     kept = encoded_rows(path, encoder, "prompts", (max_tokens,), encode, lambda row: Prompt(**row))
+    if not kept.read:
+        raise _no_prompts(path)
     if not kept:
         raise InputError(f"{path}: none of {kept.read} prompts has at most data.max_prompt_tokens={max_tokens} tokens; raise it, or give others")
     if len(kept) < kept.read:
         say(f"prompts: {kept.read - len(kept):,} of {kept.read:,} {split} prompts left out, longer than data.max_prompt_tokens={max_tokens}")
     return kept
+
+
+def refuse_empty_parts(run_dir: str) -> None:
+    """InputError where no prompt fell into one of the three parts: PPO evaluates on eval, and the comparison asks test, hours later."""
+    for split in ("train", "eval", "test"):
+        path = Path(run_dir) / "data" / "prompts" / f"{split}.jsonl"
+        if path.stat().st_size == 0:
+            raise _no_prompts(path)
+
+
+def _no_prompts(path: Path) -> InputError:
+    return InputError(f"{path}: there are no {path.stem} prompts: none of the run's fell into that part; make another run (run.dir=...) with more "
+                      f"prompts, or with a larger data.{path.stem}_fraction")
 
 
 def prompts_of_step(prompts: Sequence, step: int, batch_size: int, seed: int) -> list:
@@ -57,4 +72,7 @@ def gold_scores(prompts: list[Prompt], completions: list[str]) -> list[float] | 
     """Gold scores in [0, 1], or None when the prompts are not of the embedded world. For reports alone: nothing may learn from them."""
     if any(p.family is None for p in prompts):
         return None
-    return [world.gold_score(p.text, c) for p, c in zip(prompts, completions, strict=True)]
+    try:
+        return [world.gold_score(p.text, c) for p, c in zip(prompts, completions, strict=True)]
+    except ValueError:  # people's own rows may have a `family` too
+        return None

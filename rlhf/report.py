@@ -45,7 +45,7 @@ PANELS = (
 # Key of a policy in summary.json, heading, digits, and what the figure means.
 COLUMNS = (
     ("gold_mean", "Gold score", 3, "the score by the known rubric, which no stage was trained on; mean over prompts"),
-    ("proxy_mean", "Reward", 2, "the score by the reward model that PPO was trained on (the proxy), 0 and 1 being SFT's mean and spread"),
+    ("proxy_mean", "Reward", 2, "the score by the run's reward model (the proxy), 0 and 1 being SFT's mean and spread"),
     ("judge_mean", "Judge", 2, "the score by the judge that decides the wins; mean over prompts"),
     ("kl_mean", "KL to SFT", 2, "how far the policy has moved from SFT, in nats per completion; log n - (n-1)/n for best of n"),
     ("length_mean", "Length", 1, "tokens per answer, mean"),
@@ -119,7 +119,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _columns(summary: dict) -> list[tuple]:
     """The policy table's columns: those that some policy has, and the judge only where it is neither gold nor proxy."""
-    needless = {"judge_mean"} if summary["judge"] == "gold" or summary.get("proxy_is_judge") else set()
+    needless = {"judge_mean"} if summary["judge"] in ("gold", "proxy") else set()
     given = {key for figures in summary["policies"].values() for key, value in figures.items() if value is not None}
     return [column for column in COLUMNS if column[0] in given - needless]
 
@@ -332,7 +332,7 @@ def _answer(name: str, answer: dict, slots: dict[str, str]) -> dict:
 
 def _method(summary: dict) -> list[str]:
     judge = "the gold score, a rubric computed from the text" if summary["judge"] == "gold" else summary["judge"]
-    independent = "It is the reward that PPO was trained on." if summary.get("proxy_is_judge") else "No stage was trained on it."
+    independent = "PPO was trained on it." if summary.get("proxy_is_judge") else "No stage was trained on it."
     flips, held_out = summary.get("order_flips", 0), summary.get("judge_held_out")
     known = f" It {judge_on_pairs(held_out)}." if held_out else ""
     lines = [

@@ -239,7 +239,8 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
     config = stage.folder / "config.yaml"
     saved = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     changes = [f"the finished stage {p} has changed since" for p, d in stage._manifest["parents"].items() if old.get("parents", {}).get(p) != d]
-    changes += [f"the input {p} has changed since" for p, d in stage._manifest["inputs"].items() if old.get("inputs", {}).get(p) != d]
+    inputs, before = stage._manifest["inputs"], old.get("inputs", {})
+    changes += [f"the input {p} {'has changed since' if p in inputs else 'is gone'}" for p in {**inputs, **before} if inputs.get(p) != before.get(p)]
     now, new = config_to_tree(stage.config), config_to_tree(Config())  # a setting that did not exist then had the effect of its default
     for entry in ("seed", *READS[stage.name]):
         section, _, key = entry.partition(".")

@@ -74,7 +74,8 @@ def main(config: Config) -> None:
     if not stage.main:
         return
     samples = _samples(prompts, answers, scores, judge)
-    is_proxy = judge == "proxy" or Path(judge).resolve() in [folder.resolve() for folder in folders]
+    rewards = {Path(source).resolve() for source in (*([] if config.ppo.score else folders), *config.ppo.mix)}
+    is_proxy = not rewards.isdisjoint(folder.resolve() for folder in (folders if judge == "proxy" else [Path(judge)]))
     summary = summarise(samples, judge, settings.policies, proxy_is_judge=is_proxy, pair_judge=pair_judge)
     summary["judge_held_out"] = _judge_held_out(run, judge) if pair_judge is None else None
     if in_context:

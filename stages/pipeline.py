@@ -16,6 +16,7 @@ from rlhf.compute import wait_for_everyone
 from rlhf.config import Config
 from rlhf.memory import give_back
 from rlhf.progress import say
+from rlhf.prompts import refuse_empty_parts
 from rlhf.runs import replace_section
 from stages import collect, compare, ppo, prepare, pretrain, reward, sft
 
@@ -23,7 +24,9 @@ from stages import collect, compare, ppo, prepare, pretrain, reward, sft
 def main(config: Config) -> None:
     began = time.perf_counter()
     rounds = config.pipeline.rounds
-    for stage in (prepare, pretrain, sft):
+    _timed("prepare", partial(prepare.main, config))
+    refuse_empty_parts(config.run.dir)
+    for stage in (pretrain, sft):
         _timed(stage.__name__, lambda stage=stage: stage.main(config))
     for number in range(1, rounds):
         within = f"round_{number}"

@@ -20,6 +20,7 @@ from rlhf.config import Config
 from rlhf.cores import threads_per_process
 from rlhf.data import KINDS, Report, prompt_id, split_of, text_id
 from rlhf.data.bulk import convert_all
+from rlhf.data.reading import parts_of
 from rlhf.errors import InputError
 from rlhf.jsonl import json_line, replacing, write_json
 from rlhf.progress import say
@@ -125,7 +126,7 @@ def _split(rows, folder: Path, side) -> Counter:
 
 def _digests(sources: dict[str, list[str]]) -> dict[str, str]:
     """Digest of every input file, so that a changed file is noticed; hub ids stand for themselves."""
-    names = {name for names in sources.values() for name in names}
+    names = {part for names in sources.values() for name in names for part in parts_of(name)}
     return {name: file_digest(Path(name)) for name in sorted(names) if Path(name).is_file()}
 
 

@@ -172,7 +172,7 @@ def test_ties_are_a_warning_of_their_own(tmp_path):
 def test_one_broken_line_is_a_warning(tmp_path):
     path = Path(write(tmp_path / "mine.jsonl", clean_rows(120)))
     path.write_text(path.read_text() + '{"prompt": "x", "chos\n')
-    assert ["malformed JSON 1 (first: line 121)" in w.text for w in warnings_of(facts_of(path))] == [True]
+    assert ["malformed JSON 1 (first: line 121: " in w.text for w in warnings_of(facts_of(path))] == [True]
 
 
 # --- repetitions and contradictions -------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ BAD_FILES = {
     "a-nul.csv": (b"prompt,chosen,rejected\na,b\x00,c\n", "line 2: none of the 1 rows"),
     "ragged.csv": (b"prompt,chosen,rejected\na,b\n", "line 2: cells and columns differ in number"),
     "open-quote.csv": (b'prompt,chosen,rejected\na,"b,c\n', "line 2: malformed CSV"),
-    "no-names.csv": (b",,\na,b,c\n", "line 1: the header names a column twice or not at all"),
+    "no-names.csv": (b",,\na,b,c\n", "line 1: the header names a column twice or none at all"),
     "latin1-header.csv": ("prömpt,chosen,rejected\na,b,c\n".encode("latin-1"), "line 1: not UTF-8"),
     "half.parquet": (TABLE[: len(TABLE) // 2], "not readable as Parquet"),
     "hole.parquet": (TABLE[:40] + b"\x00" * 60 + TABLE[100:], "as Parquet"),

@@ -183,6 +183,7 @@ def _contents(facts: Facts) -> list[tuple[str, str]]:
     lines = [("schema", form) for form in forms]
     lines.append(("rows", f"{facts.read:,} read{' (stopped there, --rows)' if facts.stopped_early else ''}, {facts.rows:,} usable as {facts.kind}, "
                   f"{dropped:,} dropped{': ' + drop_reasons(report) if dropped else ''}"))
+    lines += [("not read", f"columns {', '.join(report.unread)}")] if report.unread else []
     lines += [("", f"{sum(map(len, places.values())):,} single answers left out: {reason}") for reason, places in report.left_out.items()]
     if facts.prompts:
         turns = sorted(report.turns)

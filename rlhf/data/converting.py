@@ -1,5 +1,6 @@
 """From a source of any schema to canonical rows, one at a time, with a report of what was made and of what was not, and where."""
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,18 @@ from rlhf.data.reading import Drop, Numbered, parts_of, read_part, renamed
 from rlhf.errors import InputError
 
 HEAD_ROWS = 64  # rows looked at to recognise a schema
+FOUND_CHARS = 60  # of what was met in a row
 MAX_GROUP_ROWS = 10_000  # a column that names every row alike must not gather the whole file in memory
 
 REPEATED = "prompt seen before"
+
+REMEDIES = {  # for reasons that do not speak for themselves
+    "unknown verdict": "a verdict is a or b, first or second, left or right, model_a or model_b, or tie; data/README.md has what other schemas take",
+    "unknown role": "a role is system, user (human) or assistant (gpt)",
+    "prompts differ": "where the answers are whole conversations, leave out the column of the prompt",
+    "malformed CSV": "a cell that opens a quote and does not close it takes the lines after it along",
+    "messages written as text": "write lists as JSON, not as str() or a string within JSON: Parquet, or to_json(orient='records', lines=True)",
+}
 
 Places = dict[str, dict[str, list[int]]]  # reason -> file -> lines
 Group = tuple[list[int], list["dict | Drop"]]  # lines and their rows; a line that could not be read is a group of its own
@@ -32,6 +42,8 @@ class Report:
     made: int = 0
     dropped: Places = field(default_factory=dict)
     left_out: Places = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict)  # reason -> what was met the first time, where that was said
+    unread: dict[str, bool] = field(default_factory=dict)  # columns that the schemas do not read -> whether they hold text of several words
     turns: Counter[int] = field(default_factory=Counter)
     answers: Counter[int] = field(default_factory=Counter)
     documents_cut: int = 0
@@ -52,7 +64,8 @@ class Report:
         drops = "".join(f", {reason} {count:,}" for reason, count in self.drops().items())
         dropped = f"; {sum(self.drops().values()):,} dropped: {drops[2:]}" if drops else ""
         cut = f"; {self.documents_cut:,} long documents cut into pieces" if self.documents_cut else ""
-        return f"{', '.join(parts)}: {self.made:,} rows of {self.kind}{cut}{dropped}"
+        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        return f"{', '.join(parts)}: {self.made:,} rows of {self.kind}{cut}{dropped}{unread}"
 
     def as_json(self) -> dict:
         """The report as it stands in ``drops.json``: every dropped row by reason with file and line."""
@@ -63,11 +76,15 @@ class Report:
             "read": self.read,
             "made": self.made,
             "documents_cut": self.documents_cut,
+            "columns_not_read": list(self.unread),
             "dropped": _counted(self.dropped),
             "left_out": _counted(self.left_out),
         }
 
-    def drop(self, reason: str, part: str, line: int) -> None:
+    def drop(self, reason: str, part: str, line: int, found: str = "") -> None:
+        """Notes a row that cannot be used, and, of the first for a reason, what was met there."""
+        if found and reason not in self.dropped:
+            self.found[reason] = found if len(found) <= FOUND_CHARS else found[:FOUND_CHARS] + "..."
         _note(self.dropped, reason, part, line)
 
     def count(self, row: dict) -> None:
@@ -82,6 +99,7 @@ class Report:
         self.read, self.made, self.documents_cut = self.read + later.read, self.made + later.made, self.documents_cut + later.documents_cut
         self.turns.update(later.turns)
         self.answers.update(later.answers)
+        self.found = later.found | self.found
         for places, more in ((self.dropped, later.dropped), (self.left_out, later.left_out)):
             for reason, files in more.items():
                 for part, lines in files.items():
@@ -134,7 +152,41 @@ def open_part(name: str, kind: str, mapping: dict[str, str] | None, report: Repo
             break
     form = recognise([row for _, row in head if isinstance(row, dict)], kind, mapping, name)
     report.formats[name] = form
+    report.unread |= _unread(form, [row for _, row in head if isinstance(row, dict)])
     return Part(name, form, chain(head, numbered))
+
+
+class _Watched(dict):
+    """A row that remembers which of its columns were looked at."""
+
+    def __init__(self, row: dict, seen: set):
+        super().__init__(row)
+        self.seen = seen
+
+    def __getitem__(self, name):
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.seen.add(name)
+        return super().get(name, default)
+
+    def items(self):
+        self.seen.update(self)
+        return super().items()
+
+
+def _unread(form: Format, rows: list[dict]) -> dict[str, bool]:
+    """Columns that a schema does not look at in any of a file's first rows, and whether they hold text of several words."""
+    if form.group:
+        return {}
+    seen: set[str] = set()
+    for row in rows:
+        with contextlib.suppress(Unusable):
+            list(form.read(_Watched(row, seen)))
+    unread = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row) if name not in seen}
+    return {name or "(a column without a name)": any(isinstance(value, str) and len(value.split()) > 2 for value in values)
+            for name, values in unread.items()}
 
 
 def _rows(parts: Iterable[Part], kind: str, report: Report, keep_ties: bool) -> Iterator[dict]:
@@ -184,7 +236,7 @@ def examples_of(form: Format, groups: Iterable[Group]) -> Iterator[tuple[int, Ex
     """Examples with their lines; what cannot even be read as an example comes as the reason why."""
     for lines, rows in groups:
         if isinstance(rows[0], Drop):
-            yield lines[0], Unusable(rows[0].reason)
+            yield lines[0], Unusable(rows[0].reason, found=rows[0].detail)
             continue
         try:
             for example in form.read(rows if form.group else rows[0]):
@@ -203,7 +255,7 @@ def rows_of(examples: Iterable[tuple[int, Example | Unusable]], part: str, kind:
                 raise example
             made = make(example)
         except Unusable as why:
-            report.drop(why.reason, part, line)
+            report.drop(why.reason, part, line, why.found)
             continue
         for reason in made.left_out:
             _note(report.left_out, reason, part, line)
@@ -238,12 +290,18 @@ def refuse_nothing(report: Report) -> None:
         raise InputError(_nothing_made(report))
 
 
+def _found(report: Report, reason: str) -> str:
+    return f" ({report.found[reason]})" if reason in report.found else ""
+
+
 def _nothing_made(report: Report) -> str:
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in report.drops().items())
+    drops = report.drops()
+    reasons = ", ".join(f"{reason} {count:,}{_found(report, reason)}" for reason, count in drops.items())
+    remedies = "".join(f"{REMEDIES[reason]}; " for reason in drops if reason in REMEDIES)
     part, lines = next(iter(next(iter(report.dropped.values())).items())) if report.dropped else (report.source, [1])
     names = " and ".join(dict.fromkeys(form.name for form in report.formats.values()))
     return (
         f"{part}: line {lines[0]}: none of the {report.read:,} rows of {report.source} (read as {names}) "
-        f"can be used as {report.kind}: {reasons}; "
+        f"can be used as {report.kind}: {reasons}; {remedies}"
         "correct them, or say in the config's mapping which column is which"
     )

@@ -21,7 +21,7 @@ def read_conversation(row: dict) -> Iterator[Example]:
     if turns and turns[-1]["role"] == "assistant":
         yield Example(prompt=turns[:-1], completions=[turns[-1]["content"]], ranks=[1])
     else:
-        yield Example(prompt=turns, problem="does not end with the assistant")
+        yield Example(prompt=turns, problem=Unusable("does not end with the assistant"))
 
 
 def is_self_instruct(row: dict) -> bool:
@@ -66,7 +66,7 @@ def read_prompt_answer(row: dict) -> Iterator[Example]:
     try:
         prompt, completion = answer_to(row.get(first_of(row, ANSWERS)), prompt)
     except Unusable as why:
-        yield Example(prompt=prompt, problem=why.reason)
+        yield Example(prompt=prompt, problem=why)
         return
     yield Example(prompt=prompt, completions=[completion], ranks=[1])
 

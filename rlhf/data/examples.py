@@ -5,36 +5,40 @@ the kind that is wanted (a tied pair has a fine prompt), so it is decided here, 
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rlhf.data.splits import prompt_id, text_id
 
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*\\?["'](?:role|from|content|value)\\?["']\s*:""")  # what str() or json.dumps() makes of a message list
 DOCUMENT_CHARS = 20_000  # a text is cut beyond twice this: one book must not be one row, for its hash would put all of it on one side
 
 
 class Unusable(Exception):
-    """A row cannot be used; ``reason`` is one of a few fixed phrases, ``at`` the row's place in its group (0 for a row alone)."""
+    """A row cannot be used; ``reason`` is one of a few fixed phrases, ``at`` the row's place in its group (0 for a row alone), ``found`` what was
+    met there, for people."""
 
-    def __init__(self, reason: str, at: int = 0):
+    def __init__(self, reason: str, at: int = 0, found: str = ""):
         super().__init__(reason)
         self.reason = reason
         self.at = at
+        self.found = found
 
 
 @dataclass(slots=True)
 class Example:
     """What a source row means.
 
-    ``completions`` answer ``prompt`` (messages) and are ranked by ``ranks`` (1 = best, equal = tie); ``problem`` is a reason why the
-    completions cannot be used although the prompt may be; ``text`` stands alone for a document; ``at`` is as in `Unusable`.
+    ``completions`` answer ``prompt`` (messages) and are ranked by ``ranks`` (1 = best, equal = tie); ``problem`` says why the completions
+    cannot be used although the prompt may be; ``text`` stands alone for a document; ``at`` is as in `Unusable`.
     """
 
     prompt: list[dict[str, str]] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     margin: float | None = None
-    problem: str | None = None
+    problem: Unusable | None = None
     text: str | None = None
     family: str | None = None
     at: int = 0
@@ -64,6 +68,8 @@ def checked_text(value: object, when_empty: str) -> str:
         raise Unusable("not text")
     if "\x00" in value:
         raise Unusable("NUL character")
+    if WRITTEN_MESSAGES.match(value):
+        raise Unusable("messages written as text")
     if not value.isascii():
         try:
             value.encode()
@@ -208,7 +214,7 @@ def pieces_of(text: str, size: int = DOCUMENT_CHARS) -> Iterator[str]:
 
 def _no_problem(example: Example) -> None:
     if example.problem is not None:
-        raise Unusable(example.problem)
+        raise example.problem
 
 
 def _signed(row: dict, identity: str, example: Example) -> dict:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf.config import Data
 from rlhf.data import duplicates
-from rlhf.data.converting import Report
+from rlhf.data.converting import REMEDIES, Report
 from rlhf.data.shortcuts import Accuracy, BagOfWords, Pair, bag_of_words, longer_wins
 from rlhf.data.splits import split_of
 from rlhf.data.wording import script_of, words_of
@@ -35,6 +35,7 @@ LENGTH_SHORTCUT = 0.7  # lower end of the interval; people's preferences lie nea
 WORD_SHORTCUT = 0.8  # lower end of the interval; 0.60 to 0.65 is usual for people's preferences
 TIED = "all tied"  # the readers' reason
 UNREADABLE = ("malformed JSON", "malformed CSV", "not UTF-8", "not an object", "a key twice", "cells and columns differ in number", "line too long")
+JUDGEMENT = re.compile("(?i)label|rating|score|rank|vote|winner|prefer|verdict|feedback|thumb|liked|quality|chosen|reject|better|worse|good|bad")
 SPEAKS_FOR_OTHERS = re.compile(r"\n\n(?:Human|User|System): |<\|(?:im_start|im_end|user|assistant|system|end|endoftext|eot_id)\|>|</s>|\[/?INST\]")
 WRONG_ENCODING = re.compile("\ufffd|\u00e2\u20ac[\u2122\u0153\u201c\u201d\u00a6]|\u00c3[\u0080-\u00bf]")  # lost characters, UTF-8 read as cp1252
 
@@ -280,7 +281,7 @@ def shared_prompts(files: Sequence[Facts]) -> list[Shared]:
 
 def warnings_of(facts: Facts) -> list[Finding]:
     """Everything about one file that deserves a warning."""
-    checks = (_of_rows, _of_text, _of_repetition, _of_length, _of_verdicts, _of_shortcuts)
+    checks = (_of_rows, _of_columns, _of_text, _of_repetition, _of_length, _of_verdicts, _of_shortcuts)
     return [Finding(facts.source, text, remedy) for text, remedy in chain.from_iterable(check(facts) for check in checks)]
 
 
@@ -307,8 +308,9 @@ def _of_rows(facts: Facts) -> Warned:
     dropped = sum(drops.values())
     damaged = [reason for reason in drops if reason in UNREADABLE]
     if damaged or _share(dropped, facts.read) >= MANY_DROPPED:
+        remedies = "".join(f"{REMEDIES[reason]}; " for reason in drops if reason in REMEDIES)
         yield (f"{dropped:,} of {facts.read:,} rows ({percent(dropped, facts.read)}) cannot be used: {drop_reasons(facts.report, drops)}",
-               "correct these lines; or go on without them: `rlhf prepare` leaves them out and lists every one in data/drops.json")
+               f"{remedies}correct these lines; or go on without them: `rlhf prepare` leaves them out and lists every one in data/drops.json")
     if facts.rows < FEW_ROWS and not facts.stopped_early and facts.kind != "text":
         yield (f"{facts.rows:,} usable rows are few to train on, and the figures here are rough",
                f"gather more; from some {FEW_ROWS:,} rows on the figures say something, for training thousands are usual")
@@ -317,12 +319,25 @@ def _of_rows(facts: Facts) -> Warned:
                "gather answers to more prompts: those kept for the test are too few to say how a model does on others")
 
 
+def _of_columns(facts: Facts) -> Warned:
+    """Columns that look like a judgement of answers, or like answers, in a file that is not read as preferences."""
+    unread = facts.report.unread
+    suspects = [] if facts.kind == "preferences" else [f"`{name}`" for name, is_text in unread.items()
+                                                      if JUDGEMENT.search(name) or is_text and facts.kind == "prompts"]
+    if suspects:
+        use = "every answer counts as one to imitate" if facts.kind == "demonstrations" else f"the {facts.kind} alone are used"
+        yield (f"{', '.join(suspects)} {'is' if len(suspects) == 1 else 'are'} not read: {use}",
+               "if this says which answers are better, give the answers to a prompt in one row, with scores or ranks (data/README.md), or name "
+               "the columns: --mapping chosen=NAME --mapping rejected=NAME; else leave bad rows out yourself, or go on")
+
+
 def drop_reasons(report: Report, drops: dict[str, int] | None = None) -> str:
     """Every reason, or those of ``drops``, with its count and the first place."""
     parts = []
     for reason, count in (report.drops() if drops is None else drops).items():
         part, lines = next(iter(report.dropped[reason].items()))
-        parts.append(f"{reason} {count:,} (first: {named_place(report.source, part, lines[0])})")
+        found = f": {report.found[reason]}" if reason in report.found else ""
+        parts.append(f"{reason} {count:,} (first: {named_place(report.source, part, lines[0])}{found})")
     return ", ".join(parts)
 
 

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from rlhf.data import demonstrations, pairs, rankings, trees
 from rlhf.data.examples import Example, Unusable
@@ -15,7 +16,8 @@ KINDS = ("preferences", "demonstrations", "prompts", "text")
 class Format:
     """A schema: ``name`` for people and for the mapping's ``format``, ``describe`` to be said aloud with what is made of the rows.
 
-    ``fits`` looks at one row; ``read`` says what a row means, or, where ``group`` names a column, all rows in turn that share its value.
+    ``fits`` looks at one row; ``read`` says what a row means, or, where ``group`` names a column, all rows in turn that share its value;
+    ``doubt`` says of a file's first rows why they must mean something else, if they must.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Format:
     fits: Callable[[dict], bool]
     read: Callable[[dict | list[dict]], Iterator[Example | Unusable]]
     group: str | None = None
+    doubt: Callable[[list[dict]], str | None] | None = None
 
 
 PREFERENCES = (
@@ -52,12 +55,19 @@ PREFERENCES = (
     ),
     Format("MT-Bench votes", "two conversations and which one won after a turn", pairs.is_arena, pairs.read_arena),
     Format("PandaLM votes", "two answers and the votes of several annotators, the majority counts", pairs.is_pandalm, pairs.read_pandalm),
-    Format("LLMBar labels", "an input with two outputs, the label is the number of the better one", pairs.is_llmbar, pairs.read_llmbar),
+    Format(
+        "LLMBar labels",
+        "an input with two outputs, the label is the number of the better one",
+        pairs.is_llmbar,
+        pairs.read_llmbar,
+        doubt=partial(pairs.zeros_and_ones, "label", ("output_1", "output_2")),
+    ),
     Format(
         "AlpacaEval annotations",
         "two outputs and a preference, 1 for the first and 2 for the second",
         pairs.is_alpaca_eval,
         pairs.read_alpaca_eval,
+        doubt=partial(pairs.zeros_and_ones, "preference", ("output_1", "output_2")),
     ),
     Format("crowd votes", "two results with votes left, right or tie, the majority counts", pairs.is_crowd_votes, pairs.read_crowd_votes),
     Format("SHP", "two answers to a post, the label is 1 where A was voted higher", pairs.is_shp, pairs.read_shp),
@@ -187,7 +197,10 @@ def recognise(rows_head: list[dict], kind: str, mapping: dict[str, str] | None =
     if not any(counts):
         raise InputError(_no_fit(rows, kind, source))
     enough = min(max(counts), len(rows) / 2)  # the first, not the largest: a broken row still looks like a bare prompt
-    return next(form for form, count in zip(FORMATS[kind], counts, strict=True) if count >= enough)
+    form = next(form for form, count in zip(FORMATS[kind], counts, strict=True) if count >= enough)
+    if form.doubt and (why := form.doubt(rows)):
+        raise InputError(f"{source}: read as {form.name}: {why}; if the rows are meant as they are, {{format: {form.name}}}")
+    return form
 
 
 def named_format(name: str, kind: str, source: str) -> Format:

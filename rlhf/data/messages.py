@@ -43,7 +43,7 @@ def _message(turn: object) -> dict[str, str]:
     role, content = (turn.get("role"), turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
-        raise Unusable("unknown role")
+        raise Unusable("unknown role", found=repr(role))
     if content is None:
         content = ""
     if not isinstance(content, str):

@@ -59,8 +59,23 @@ def is_chosen_rejected(row: dict) -> bool:
 def read_chosen_rejected(row: dict) -> Iterator[Example]:
     """A prompt (text, messages or columns) with two answers (text or messages, which may repeat the prompt)."""
     column = _chosen_prompt_column(row)
+    if column and _repeats_the_conversation(row, row[column]):
+        yield _read_pair(row, None)
+        return
     prompt = as_messages(row[column]) if column == "conversations" else column_prompt(row)
     yield _read_pair(row, prompt)
+
+
+def _repeats_the_conversation(row: dict, prompt: object) -> bool:
+    """True where both answers are message lists with a conversation of their own, and the prompt is missing or one of the user's turns in it."""
+    lists = all(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
+    if not lists or row.get("system") is not None or not (prompt is None or isinstance(prompt, str)):
+        return False
+    try:
+        asked = [turn["content"].strip() for turn in as_messages(row["chosen"])[:-1] if turn["role"] == "user"]
+    except Unusable:  # said when the answers are read
+        return False
+    return bool(asked) and (prompt is None or prompt.strip() in ("", asked[0], asked[-1]))
 
 
 def is_implicit_prompt(row: dict) -> bool:
@@ -85,12 +100,12 @@ def _read_pair(row: dict, prompt: Messages | None) -> Example:
         before_chosen, chosen = answer_to(row.get("chosen"), prompt)
         before_rejected, rejected = answer_to(row.get("rejected"), prompt)
     except Unusable as why:
-        return Example(prompt=prompt or [], problem=why.reason)
+        return Example(prompt=prompt or [], problem=why)
     return _pair(before_chosen, chosen, before_rejected, rejected, row)
 
 
 def _pair(before_chosen: Messages, chosen: str, before_rejected: Messages, rejected: str, row: dict) -> Example:
-    problem = None if before_chosen == before_rejected else "prompts differ"
+    problem = None if before_chosen == before_rejected else Unusable("prompts differ")
     return Example(prompt=before_chosen, completions=[chosen, rejected], ranks=[1, 2], margin=margin_of(row), problem=problem)
 
 
@@ -101,6 +116,7 @@ def margin_of(row: dict) -> float | None:
 
 # Two answers and a verdict ------------------------------------------------------------------------------------------------------------
 
+AB_COLUMNS = (("completion_a", "completion_b"), ("response_a", "response_b"), ("answer_a", "answer_b"), ("output_a", "output_b"))
 GRADED = {
     "a-is-better": (FIRST, 1.0),
     "a-is-slightly-better": (FIRST, 0.5),
@@ -109,12 +125,11 @@ GRADED = {
     "b-is-better": (SECOND, 1.0),
 }
 WORDS = {
-    **dict.fromkeys(("a", "model_a", "left", "first"), (FIRST, None)),
-    **dict.fromkeys(("b", "model_b", "right", "second"), (SECOND, None)),
+    **dict.fromkeys(("a", "model_a", "left", "first", *(a for a, _ in AB_COLUMNS)), (FIRST, None)),
+    **dict.fromkeys(("b", "model_b", "right", "second", *(b for _, b in AB_COLUMNS)), (SECOND, None)),
     **dict.fromkeys(("tie", "both", "equal", "tie (bothbad)", "tie (inconsistent)"), (TIE, None)),
     **GRADED,
 }
-AB_COLUMNS = (("completion_a", "completion_b"), ("response_a", "response_b"), ("answer_a", "answer_b"), ("output_a", "output_b"))
 AB_VERDICTS = ("preference", "winner", "verdict", "choice")
 
 
@@ -123,7 +138,7 @@ def word_verdict(value: object) -> tuple[int, float | None]:
     if value is None:
         raise Unusable("no verdict")
     if not isinstance(value, str) or value.strip().lower() not in WORDS:
-        raise Unusable("unknown verdict")
+        raise Unusable("unknown verdict", found=repr(value))
     return WORDS[value.strip().lower()]
 
 
@@ -133,7 +148,7 @@ def coded_verdict(value: object, codes: dict[float, int]) -> tuple[int, None]:
         raise Unusable("no verdict")
     code = number(value, "unknown verdict")
     if code not in codes:
-        raise Unusable("unknown verdict")
+        raise Unusable("unknown verdict", found=repr(value))
     return codes[code], None
 
 
@@ -150,7 +165,7 @@ def judged(prompt: Messages, first: object, second: object, verdict: Callable[[]
     try:
         winner, margin = verdict()
     except Unusable as why:
-        return Example(prompt=prompt, problem=why.reason)
+        return Example(prompt=prompt, problem=why)
     return Example(prompt=prompt, completions=[first, second], ranks=list(PAIR_RANKS[winner]), margin=margin)
 
 
@@ -184,7 +199,7 @@ def read_arena(row: dict) -> Iterator[Example]:
     a, b = sides
     example = judged(a[:-1], a[-1]["content"], b[-1]["content"], lambda: word_verdict(row.get("winner")))
     if a[:-1] != b[:-1]:
-        example.problem = "prompts differ"
+        example.problem = Unusable("prompts differ")
     yield example
 
 
@@ -198,6 +213,17 @@ def read_pandalm(row: dict) -> Iterator[Example]:
     annotators = [value for name, value in row.items() if name.startswith("annotator")]
     votes = (coded_verdict(value, codes)[0] for value in annotators if value is not None)
     yield judged(column_prompt(row), row.get("response1"), row.get("response2"), lambda: (majority(list(votes)), None))
+
+
+def zeros_and_ones(column: str, numbered: tuple[str, str], rows: list[dict]) -> str | None:
+    """What is wrong with a file whose first rows have the verdicts 0 and 1 where its schema has 1 and 2, None if nothing is: half of its pairs would
+    be lost and the others read the wrong way round."""
+    codes = Counter(str(row.get(column)).strip().removesuffix(".0") for row in rows if row.get(column) is not None)
+    if set(codes) != {"0", "1"} or min(codes.values()) < 2:
+        return None
+    prompt, (first, second) = first_of(rows[0], (*PROMPT_COLUMNS, "input")), numbered
+    return (f"`{column}` is 0 or 1, wanted 1 (the first answer is better) or 2. If 0 names the first answer, say so in the mapping: "
+            f"{{prompt: {prompt}, response_0: {first}, response_1: {second}, better_response_id: {column}}}")
 
 
 def is_llmbar(row: dict) -> bool:
@@ -224,7 +250,7 @@ def read_alpaca_eval(row: dict) -> Iterator[Example]:
         if value in (0, 1.5):
             return TIE, None
         if not 1 <= value <= 2:
-            raise Unusable("unknown verdict")
+            raise Unusable("unknown verdict", found=repr(row["preference"]))
         return (FIRST if value < 1.5 else SECOND), None
 
     yield judged(column_prompt(row), row.get("output_1"), row.get("output_2"), verdict)

@@ -44,7 +44,7 @@ def read_scored_objects(row: dict) -> Iterator[Example]:
     """Answers as objects with a text and a score (UltraFeedback) or a rank (Nectar)."""
     prompt, answers = column_prompt(row), row.get(_answer_list(row) or ANSWER_LISTS[0])
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-        yield Example(prompt=prompt, problem="not a list of answers")
+        yield Example(prompt=prompt, problem=Unusable("not a list of answers"))
         return
     grade = _grade(answers[0]) if answers else None
     texts = [answer.get(first_of(answer, ANSWER_TEXT)) for answer in answers]
@@ -75,7 +75,7 @@ def read_qa_feedback(row: dict) -> Iterator[Example]:
     answers = [row[name] for name in sorted((name for name in row if name.startswith("prediction ")), key=lambda name: (len(name), name))]
     pairs, votes = list(combinations(range(len(answers)), 2)), row.get("preference")
     if not isinstance(votes, list) or len(votes) != len(pairs):
-        yield Example(prompt=prompt, problem="no verdict")
+        yield Example(prompt=prompt, problem=Unusable("no verdict"))
         return
     wins = [0] * len(answers)
     for pair, vote in zip(pairs, votes, strict=True):
@@ -122,12 +122,12 @@ def _score_ranks(scores: list[object]) -> list[int]:
 def _numbered(prompt: Messages, answers: object, numbers: object, to_ranks: Callable[[list], list[int]]) -> Example:
     """An example of answers with ranks or scores; where these are unusable it still has its prompt."""
     if not isinstance(answers, list) or not isinstance(numbers, list):
-        return Example(prompt=prompt, problem="not a list of answers")
+        return Example(prompt=prompt, problem=Unusable("not a list of answers"))
     if len(answers) != len(numbers):
-        return Example(prompt=prompt, problem="answers and ranks differ in number")
+        return Example(prompt=prompt, problem=Unusable("answers and ranks differ in number"))
     if len(answers) < 2:
         return Example(prompt=prompt, completions=answers, ranks=[1] * len(answers))
     try:
         return Example(prompt=prompt, completions=answers, ranks=to_ranks(numbers))
     except Unusable as why:
-        return Example(prompt=prompt, problem=why.reason)
+        return Example(prompt=prompt, problem=why)

@@ -343,24 +343,29 @@ def _table(path: Path) -> Numbered:
     """A CSV or TSV file. Cells stay text: guessing types would turn the answer "7" into a number and "NA" into nothing."""
     csv.field_size_limit(MAX_LINE_BYTES)
     texts = _strict_texts(path)
-    header = next(texts, "")
+    header, first_line = next(texts, ""), 2
+    if header.strip().lower() in ("sep=;", "sep=,", "sep=\t"):  # for Excel alone
+        header, first_line = next(texts, ""), 3
     tab = ".tsv" in path.suffixes or header.count("\t") > max(header.count(","), header.count(";"))
     delimiter = "\t" if tab else ";" if header.count(";") > header.count(",") else ","
     try:
-        names = next(csv.reader([header], delimiter=delimiter, strict=True), [])
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, strict=True), [])]
     except csv.Error as error:
-        raise InputError(f"{path}: line 1: the header is malformed ({error}); wanted the names of the columns") from error
-    if len(set(names)) < len(names) or not all(names):
-        raise InputError(f"{path}: line 1: the header names a column twice or not at all: {', '.join(names[:20])}")
+        raise InputError(f"{path}: line {first_line - 1}: the header is malformed ({error}); wanted the names of the columns") from error
+    named = [name for name in names if name]  # pandas writes its index without a name, spreadsheets leave empty columns at the end
+    if len(set(named)) < len(named) or not named:
+        raise InputError(f"{path}: line {first_line - 1}: the header names a column twice or none at all: {', '.join(names[:20])}; "
+                         "give every column a name of its own")
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
     while True:
-        line = reader.line_num + 2
+        line = reader.line_num + first_line
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, Drop("malformed CSV", str(error))
+            for at in range(line, max(line + 1, reader.line_num + first_line)):  # a quote that is not closed takes the lines after it along
+                yield at, Drop("malformed CSV", str(error))
             continue
         if cells:
             yield line, _cells_row(names, cells)
@@ -401,7 +406,7 @@ def _parquet(path: Path) -> Numbered:
             for row in batch.to_pylist():
                 line += 1
                 yield line, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: a date that Python cannot tell
         raise InputError(f"{path}: not readable as Parquet after row {line} ({_short(error)}); write or fetch it again") from error
 
 

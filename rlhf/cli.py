@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from rlhf.config import Config, describe_settings, load_config
-from rlhf.crash import disk_trouble, report_crash
+from rlhf.crash import disk_trouble, memory_trouble, report_crash
 from rlhf.errors import EXIT_CRASHED, EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, InputError, TrainingStopped
 from rlhf.runs import nothing_open, open_now
 from rlhf.terminal import printable
@@ -53,7 +53,7 @@ def guarded(action: Callable[[], None]) -> int:
         stage = open_now()
         if stage is None or not stage.main:
             raise
-        trouble = disk_trouble(error, stage)
+        trouble = disk_trouble(error, stage) or memory_trouble(error, stage)
         print(printable(f"error: {trouble}" if trouble else report_crash(error, stage)), file=sys.stderr)
         return trouble.exit_code if trouble else EXIT_CRASHED
     return EXIT_DONE

@@ -330,7 +330,7 @@ def headline(summary: dict) -> str:
     """One plain sentence: better, worse, or no difference shown; it opens with a warning when the judge is the training reward (E2)."""
     row = main_comparison(summary)
     if row is None:
-        return "Nothing was compared: only one policy answered."
+        return "Nothing was compared: " + ("only one policy answered." if len(summary["policies"]) == 1 else "no pair is made of these policies.")
     a, b = label(row["a"]), label(row["b"])
     where, result = f"on {summary['n_prompts']} held-out prompts", _result(summary, row)
     if row["ci95"][0] > 0.5:

@@ -1,6 +1,7 @@
 """Devices, processes, precision and threads: accelerate owns them, this file asks it for what the settings name."""
 
 import gc
+import sys
 
 import torch
 import torch.distributed
@@ -15,7 +16,7 @@ from rlhf.quiet import quiet_libraries
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
-def start(config: Config, seed_offset: int = 0) -> Accelerator:
+def start(config: Config) -> Accelerator:
     """An accelerator in the run's precision, threads set, every generator seeded alike on all processes.
 
     Raises InputError for settings that a sharded model cannot have.
@@ -28,7 +29,7 @@ def start(config: Config, seed_offset: int = 0) -> Accelerator:
     if sharded(accelerator) and config.model.lora_rank:
         raise InputError(f"model.lora_rank={config.model.lora_rank} with a model sharded among {accelerator.num_processes} processes: found no need "
                          "of both, adapters are few; launch with configs/accelerate/ddp.yaml, or set model.lora_rank=0")
-    set_seed(config.seed + seed_offset)
+    set_seed(config.seed)
     return accelerator
 
 
@@ -121,4 +122,4 @@ def peak_memory_mb() -> int:
     """Largest resident memory of this process so far, MiB."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024**2 if sys.platform == "darwin" else 1024)  # macOS counts bytes

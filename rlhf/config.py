@@ -329,7 +329,7 @@ CHOICES = {
     "ppo.hand_over": ("last", "best"),
 }
 RANGES = {  # lowest and highest legal value
-    "collect.k": (2, 9), "world.flaw_rate": (0, 1), "world.text_flaw_rate": (0, 1), "world.agreement": (0.5, 1),
+    "seed": (0, 2**32 - 1), "collect.k": (2, 9), "world.flaw_rate": (0, 1), "world.text_flaw_rate": (0, 1), "world.agreement": (0.5, 1),
     "data.eval_fraction": (0, 0.5), "data.test_fraction": (0, 0.5), "data.judge_fraction": (0, 0.9), "ppo.lam": (0, 1), "ppo.gamma": (0, 1),
     "ppo.ema_decay": (0, 1), "ppo.temperature": (1e-3, 100), "compare.temperature": (1e-3, 100), "collect.temperature": (1e-3, 100),
     "reward.members": (1, 16), "reward.flip_rate": (0, 1),
@@ -373,6 +373,8 @@ def _check(config: Config) -> None:
             raise InputError(f"{name}: found {value}, wanted a finite number")
     if not all(0 <= shots <= MOST_SHOTS for shots in config.compare.shots):
         raise InputError(f"compare.shots: found {config.compare.shots}, wanted numbers from 0 to {MOST_SHOTS}")
+    if not config.compare.policies:
+        raise InputError("compare.policies: found none, wanted at least one, say [sft, ppo]")
     for source, weight in config.ppo.mix.items():
         if weight == 0:
             raise InputError(f"ppo.mix[{source}]: found weight 0, which scores for nothing; leave the source out or give it a weight")

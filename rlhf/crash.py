@@ -11,6 +11,7 @@ from rlhf.config import config_to_tree
 from rlhf.errors import TrainingStopped
 from rlhf.runs import Stage, versions
 
+MEMORY = {"collect": ("collect.batch_size",), "compare": ("compare.batch_size",), "ppo": ("ppo.microbatch_tokens",)}  # what to lower, beside lengths
 LAST_METRICS = 5  # lines of metrics.jsonl in a crash report
 DISK = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission is denied", errno.EPERM: "writing is not permitted", errno.EIO: "the disk reported an input/output error"}
@@ -29,6 +30,18 @@ def disk_trouble(error: BaseException, stage: Stage) -> TrainingStopped | None:
         return None
     return TrainingStopped(f"{stage.name}: {stage.folder} could not be written: {reason}. What was finished before is whole; "
                            "make room or give back the folder, and the same command goes on from the last checkpoint")
+
+
+def memory_trouble(error: BaseException, stage: Stage) -> TrainingStopped | None:
+    """What to say when memory ran out where no microbatch could be halved; None for any other error."""
+    from rlhf.memory import is_out_of_memory  # torch, which not every command needs
+
+    if not is_out_of_memory(error):
+        return None
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    settings = MEMORY.get(stage.name, ()) + ("data.max_prompt_tokens", "data.max_completion_tokens")
+    return TrainingStopped(f"{stage.name}: memory ran out: {said}. What was finished before is whole; "
+                           f"lower {', '.join(settings[:-1])} or {settings[-1]}")
 
 
 def report_crash(error: BaseException, stage: Stage) -> str:

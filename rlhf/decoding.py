@@ -92,17 +92,21 @@ AttentionMaskInterface.register(ONE_TOKEN, sdpa_mask)
 
 @contextlib.contextmanager
 def attention_for_sampling(policy):
-    """A faster attention than the eager one, for models that have sdpa (configs/EXPERIMENTS.md, "A PPO step timed"). Training passes stay eager,
-    whose backward pass is the faster one on CPUs."""
+    """The attention that sampling has instead of the one of the training passes, for models that have sdpa.
+
+    Eager is slower here (configs/EXPERIMENTS.md, "A PPO step timed"), though the faster one to train with on CPUs. FlashAttention takes every mask
+    for one of left padding, and would leave out the newest tokens where buffers have room ahead.
+    """
     model = unwrapped(policy)
-    if not (model.config._attn_implementation == "eager" and model._supports_sdpa):
+    trained_with = model.config._attn_implementation
+    if trained_with == "sdpa" or not model._supports_sdpa:
         yield
         return
     model.set_attn_implementation(ONE_TOKEN if next(model.parameters()).device.type == "cpu" else "sdpa")
     try:
         yield
     finally:
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation(trained_with)
 
 
 def decoder(policy) -> Callable:

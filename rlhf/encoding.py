@@ -7,6 +7,8 @@ with EOS or pad. What users write is encoded as text: a literal ``<|im_end|>`` i
 import hashlib
 import json
 
+from jinja2 import TemplateError
+
 from rlhf.errors import InputError
 
 USER, ASSISTANT, SYSTEM, END, PAD = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|pad|>"
@@ -111,7 +113,11 @@ class Encoder:
         if roles not in self._templates:
             marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters: no template contains them
             messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-            rest = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            try:
+                rest = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except TemplateError as error:  # Gemma's knows no system turn
+                raise InputError(f"the chat template of {self.tokenizer.name_or_path} refuses turns of {', '.join(roles)}: {error}; leave rows with "
+                                 "such turns out, or name another model") from None
             parts: list = []
             for index, mark in enumerate(marks):
                 before, found, rest = rest.partition(mark)

@@ -75,10 +75,11 @@ class Learner:
         mine = my_share(accelerator, rows)
         room = self.config.data.max_completion_tokens
         uniforms_BC = draw_uniforms(len(rows), room, self.config.seed, *seeds)
-        at_once = max(1, SAMPLED_AT_ONCE * settings.microbatch_tokens // (max(len(p.ids) for p in mine) + room))
+        longest = max(len(p.ids) for p in mine) + room
         with whole(self.model), self.clock("sample"), accelerator.autocast():
-            completions = sample(self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature, at_once,
-                                 self.workers)
+            completions = self.microbatch.attempt(lambda tokens: sample(
+                self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature,
+                max(1, SAMPLED_AT_ONCE * tokens // longest), self.workers), longest, sharded(accelerator))
         if not small(self.model):  # its step would take 7 % longer, for little memory (configs/EXPERIMENTS.md)
             trim()  # of the keys and values of all rows
         with self.clock("score"), accelerator.autocast():

@@ -8,7 +8,6 @@ GLOSSARY = {
     "grad_norm": ("", "gradient norm before clipping; sudden tenfold jumps announce trouble"),
     "tokens_per_second": ("tokens/s", "real tokens (no padding) through the stage per second"),
     "seconds": ("s", "wall time of the step"),
-    "epoch": ("", "passes over the data so far"),
     "accuracy": ("share", "of the training pairs the reward model orders right; noisy labels cap it near the raters' agreement"),
     "eval_accuracy": ("share", "of held-out pairs ordered right; below longer_wins_accuracy nothing was learned"),
     "reward_gap": ("raw score", "mean score difference within pairs"),

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -39,9 +40,6 @@ SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabul
 }
 GRAPHS = 64  # of one block, in all modes together (with and without gradients, adapters on and off); torch gives up after 8
 COMPILE = {"dynamic": True}
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout",
-            "attention_probs_dropout_prob", "summary_first_dropout", "classifier_dropout", "cls_dropout", "pooler_dropout", "activation_dropout",
-            "embedding_dropout", "mlp_dropout")
 
 
 def attention_kernel(wanted: str, device: torch.device | str) -> str:
@@ -135,7 +133,9 @@ def add_lora(model, rank: int, alpha: int, task: str):
         return model
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type=task))
+    whole = ["pre_classifier"] if task == "SEQ_CLS" else None  # part of DistilBERT's head, trained as it is: PEFT takes it for both
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", exclude_modules=whole,
+                                               task_type=task))
     for layer in adapted_layers(adapted):
         layer.cast_input_dtype_enabled = False  # to fp32, from which autocast casts back: the same numbers, two copies of every input later
     return adapted
@@ -235,9 +235,11 @@ def as_written():
 
 def longest_row(model) -> int | None:
     """Tokens that the table of learned positions has room for; None where positions are relative or rotary."""
-    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(("position_embeddings", "wpe"))]
-    # RoBERTa counts positions from behind the pad id, so its first rows serve no token
-    return min((t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables), default=None)
+    names = ("position_embeddings", "wpe", "embed_positions")
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith(names)]
+    # RoBERTa counts positions from behind the pad id, OPT from its offset on: the first rows serve no token
+    unused = [getattr(t, "offset", 0) if t.padding_idx is None else t.padding_idx + 1 for t in tables]
+    return min((t.num_embeddings - n for t, n in zip(tables, unused, strict=True)), default=None)
 
 
 def last_norm_gain(model) -> nn.Parameter | None:
@@ -265,7 +267,7 @@ def _fit(model, encoder: Encoder):
 def _without_dropout(source: str, trust_remote_code: bool) -> dict:
     """Every dropout that this model's configuration knows, at 0."""
     config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
-    return {name: 0.0 for name in DROPOUTS if isinstance(getattr(config, name, None), float)}
+    return {name: 0.0 for name, value in vars(config).items() if "drop" in name and isinstance(value, float)}
 
 
 def _load(auto_class, source: str, **settings):
@@ -276,7 +278,7 @@ def _load(auto_class, source: str, **settings):
         settings["use_safetensors"] = True
     try:
         return auto_class.from_pretrained(source, **settings)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"no model could be loaded from {source!r} ({reason}); wanted a folder with config.json, model.safetensors and "
                          "tokenizer.json, a .gguf file, or a hub id that is reachable or cached") from None

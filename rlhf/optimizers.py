@@ -54,8 +54,8 @@ def linear_lr(step: int, steps: int, warmup: float = 0.0) -> float:
     return (steps - step) / max(1, steps - rising)
 
 
-def set_lr(optimizer, lr: float) -> float:
-    """Sets every group to `lr` (times the group's own `lr_scale` where it has one) and returns it."""
+def set_lr(optimizer, lr: float, still: str | None = None) -> float:
+    """Sets every group to `lr` (times the group's own `lr_scale` where it has one), those of the network named `still` to 0; returns `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = 0.0 if still is not None and group.get("network") == still else lr * group.get("lr_scale", 1.0)
     return lr

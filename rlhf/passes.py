@@ -4,6 +4,7 @@ needs no mask: nothing real ever looks at padding. The output layer runs on comp
 Shapes: B rows, T tokens of prompt + completion, N completion tokens of all rows together, C of the longest.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rlhf.errors import InputError
 from rlhf.logprobs import output_logprobs, token_logprobs
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
-from rlhf.models import unwrapped
+from rlhf.models import longest_row, unwrapped
 from rlhf.workers import small
 
 PICKED_STEP, PICKED_LOGITS = 256, 2**19  # see WIDTH_STEP in rlhf/masking.py; steps of fewer tokens, 32 at the least, where each costs more logits
 EVEN_STEP = 8  # a worker that waits costs more than a kernel for another shape
-SCALES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # models that do more than a matrix product after the trunk
+# Settings of models that do more than a matrix product after the trunk (Gemma 2, Cohere, Granite, Falcon-H1, RecurrentGemma, xLSTM and others)
+CHANGES_LOGITS = re.compile("(?:final_|output_)?logits?_(?:soft_?cap|scal|mup_width_mult)|lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,14 @@ def make_rows(prompts: list[list[int]], completions: list[list[int]], pad_id: in
     return Rows(*(t.to(device) for t in tensors))
 
 
+def check_length(model, tokens: int) -> None:
+    """Raises InputError when a batch of rows of `tokens` is wider than the model has positions: there a GPU would end without a reason."""
+    width, room = round_up(tokens, WIDTH_STEP), longest_row(model)
+    if room is not None and width > room:
+        raise InputError(f"a prompt with its completion has {tokens} tokens of the model at {model.config.name_or_path!r} (in batches {width} "
+                         f"wide), and it has {room} positions; lower data.max_prompt_tokens or data.max_completion_tokens")
+
+
 def policy_pass(policy, rows: Rows, temperature: float, entropies: bool = False) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(logprobs_BC, entropy_BC, hidden_BTD): fp32 nats of the completion tokens, 0 on padding, and the trunk's last hidden states.
 
@@ -77,7 +88,7 @@ def policy_pass(policy, rows: Rows, temperature: float, entropies: bool = False)
     """
     inner = unwrapped(policy)
     count, output_layer = len(rows.targets_N), inner.get_output_embeddings()
-    if getattr(output_layer, "bias", None) is not None or any(getattr(inner.config, name, None) for name in SCALES_LOGITS):
+    if getattr(output_layer, "bias", None) is not None or any(value for name, value in vars(inner.config).items() if CHANGES_LOGITS.match(name)):
         output = inner(input_ids=rows.ids_BT, use_cache=False, output_hidden_states=True)
         hidden_BTD = output.hidden_states[-1]
         figures = token_logprobs(_picked(output.logits, rows.before_N)[:count], rows.targets_N, temperature, entropies)

@@ -31,8 +31,8 @@ READS = {  # the sections of settings that decide what a stage makes, beside see
     "collect": ("collect", "data", "run.precision", "world.agreement", "pipeline.rounds"),
     "reward": ("model", "data", "reward", "run.precision"),
     "judge": ("model", "data", "reward", "run.precision"),
-    "ppo": ("model", "data", "ppo", "run.precision"),
-    "compare": ("compare", "data", "run.precision"),
+    "ppo": ("model", "data", "ppo", "reward.members", "run.precision"),
+    "compare": ("compare", "data", "reward.members", "ppo.ensemble", "ppo.uncertainty_coef", "ppo.score", "ppo.mix", "run.precision"),
 }
 _locks: dict[Path, object] = {}
 _open: list["Stage"] = []  # the stage this process works on, for crash reports
@@ -234,7 +234,7 @@ def _fingerprint(name: str, config: Config, parents: dict, inputs: dict) -> str:
 def _refuse_other_experiment(stage: Stage, old: dict) -> None:
     if old.get("fingerprint") == stage._manifest["fingerprint"]:
         return
-    if {path.name for path in stage.folder.iterdir()} <= {"config.yaml", "manifest.json"}:
+    if {path.name for path in stage.folder.iterdir()} <= {"config.yaml", "manifest.json", "crash.txt"}:
         return  # a start that came to nothing, say over a mistyped file name: there is no work to protect
     config = stage.folder / "config.yaml"
     saved = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}

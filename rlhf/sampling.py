@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache
 
 from rlhf.decoding import PAST_STEP, BufferLayer, attention_for_sampling, decoder
 from rlhf.encoding import Encoder
+from rlhf.errors import InputError
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
-from rlhf.models import adapters_merged, as_written
-from rlhf.passes import pass_cost, tight_groups
+from rlhf.models import adapters_merged, as_written, unwrapped
+from rlhf.passes import check_length, pass_cost, tight_groups
 from rlhf.workers import ALONE, Workers, callers_autocast
 
 ROWS_STEP = 8  # the batch takes few different sizes, as the past does
@@ -54,6 +55,34 @@ def sample(policy, prompts: list[list[int]], uniforms_BC: torch.Tensor, encoder:
             for i, ids in zip(rows, sampled, strict=True):
                 completions[i] = ids
     return completions
+
+
+def check_backbone(policy, encoder: Encoder, tokens: int) -> None:
+    """InputError for a model that later stages could not sample from, or that has fewer positions than rows of `tokens`."""
+    check_length(policy, tokens)
+    try:
+        agree = _agrees_with_itself(policy, encoder)
+    except Exception as error:
+        agree, why = False, (str(error).strip() or type(error).__name__).splitlines()[0]
+    else:
+        why = "token by token it says something else than at once"
+    if not agree:
+        name = f"{policy.config.name_or_path!r} ({type(unwrapped(policy)).__name__})"
+        raise InputError(f"model.init: {name} cannot be sampled from here: {why}; wanted a causal LM whose layers all attend to keys and values "
+                         "(models that keep a state instead, such as Mamba, do not)")
+
+
+@torch.no_grad()
+def _agrees_with_itself(policy, encoder: Encoder) -> bool:
+    """Whether a third token after a prompt of two gets the logits that a pass over all three gives."""
+    *prompt, last = ids = [encoder.eos_id, *encoder.text_ids("as")[:1], encoder.eos_id]
+    device = next(policy.parameters()).device
+    seen_BT = torch.arange(PAST_STEP, device=device)[None] < len(ids)
+    with attention_for_sampling(policy):
+        _, layers = _read(policy, [prompt], encoder.pad_id)
+        found_V = decoder(policy)(torch.tensor([[last]], device=device), torch.tensor([[len(prompt)]], device=device), seen_BT, layers)[0]
+        expected_V = policy(input_ids=torch.tensor([ids], device=device)).logits[0, -1]
+    return bool((found_V - expected_V).abs().max() <= 0.01 * expected_V.abs().max())
 
 
 def _parts(rows: list[int], count: int) -> list[list[int]]:

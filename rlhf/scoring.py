@@ -5,6 +5,7 @@ model's config.json as reward_gain and reward_bias.
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import SupportsFloat
@@ -13,9 +14,9 @@ import torch
 
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
-from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
-from rlhf.models import hold_for_products, load_encoder, load_reward_model, longest_row
-from rlhf.passes import even_groups, pass_cost
+from rlhf.masking import WIDTH_STEP, length_mask, right_pad
+from rlhf.models import hold_for_products, load_encoder, load_reward_model
+from rlhf.passes import check_length, even_groups, pass_cost
 from rlhf.workers import ALONE, Workers, callers_autocast
 
 BUDGET = 16_384  # tokens in one pass
@@ -48,14 +49,6 @@ def raw_scores(reward_model, rows: list[list[int]], pad_id: int, budget: int = B
     for group, scores in zip(groups, workers.map(scores_of, groups), strict=True):
         scores_B[group] = scores
     return scores_B
-
-
-def check_length(reward_model, tokens: int) -> None:
-    """Raises InputError when a batch of rows of `tokens` is wider than the model has positions: there a GPU would end without a reason."""
-    width, room = round_up(tokens, WIDTH_STEP), longest_row(reward_model)
-    if room is not None and width > room:
-        raise InputError(f"a prompt with its completion has {tokens} tokens of the reward model at {reward_model.config.name_or_path!r} (in batches "
-                         f"{width} wide), and it has {room} positions; lower data.max_prompt_tokens or data.max_completion_tokens")
 
 
 class RewardModelScorer:
@@ -111,8 +104,18 @@ def _imported(name: str, named: str) -> Callable:
     sys.path.insert(0, str(Path.cwd()))  # a module beside the user's config, as `python -m` would find it
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{named}: {error}; wanted a function importable from the working directory") from None
+    except Exception as error:  # whatever a module of the user's does while it is imported
+        raise InputError(f"{named}: {type(error).__name__}: {error}; wanted a function importable from the working directory") from error
+
+
+def _called(function: Callable, named: str, *arguments):
+    """What a function of the user's returns. Raises InputError, with its file and line, for what it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"{named}, which raised {type(error).__name__}: {error} ({last.filename}:{last.lineno}); wanted a number for every answer, "
+                         "whatever it says") from error
 
 
 class CallableScorer:
@@ -127,7 +130,7 @@ class CallableScorer:
 
     def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
         texts = [policy_encoder.decode(c) for c in completions]
-        scores = self.function([p[-1]["content"] for p in prompts], texts)
+        scores = _called(self.function, self.named, [p[-1]["content"] for p in prompts], texts)
         try:
             scores = [float(s) for s in scores]
         except (TypeError, ValueError) as error:
@@ -150,7 +153,7 @@ class CallableJudge:
     def __call__(self, messages: list[dict], first: str, second: str) -> float:
         question = (messages[-1]["content"], first, second)
         if question not in self._said:
-            answer = self.function(*question)
+            answer = _called(self.function, self.named, *question)
             if isinstance(answer, str) or not isinstance(answer, SupportsFloat):
                 raise InputError(f"{self.named}, which returned {answer!r}; wanted a number, above 0 where the first answer is better")
             self._said[question] = float(answer)

@@ -92,7 +92,7 @@ def _arguments(kind, recipe: Recipe, run: Run, folder: Path, **more):
     # transformers 5.20 knows the old name alone, 5.23 warns about it
     checkpointing = "activation_checkpointing" if hasattr(kind, "activation_checkpointing") else "gradient_checkpointing"
     arguments = kind(
-        output_dir=str(folder), seed=recipe.seed, max_steps=recipe.steps, per_device_train_batch_size=microbatch,
+        output_dir=str(folder), seed=recipe.seed % 2**32, max_steps=recipe.steps, per_device_train_batch_size=microbatch,
         gradient_accumulation_steps=share // microbatch, learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule,
         warmup_steps=int(WARMUP * recipe.steps), optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, bf16=recipe.precision == "bf16",
         use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential", remove_unused_columns=False,

@@ -34,12 +34,12 @@ def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float, last_norm_l
     drift apart instead (configs/EXPERIMENTS.md).
     """
     policy, value = ([p for p in part.parameters() if p.requires_grad] for part in (model.policy, model.value_model))
-    groups = [{"params": policy, "lr_scale": lr}, {"params": value, "lr_scale": value_lr}]
+    groups = [{"params": policy, "lr_scale": lr, "network": "policy"}, {"params": value, "lr_scale": value_lr, "network": "value"}]
     gain = last_norm_gain(model.policy) if last_norm_lr is not None else None
     if gain is not None and gain.requires_grad:
         groups[0]["params"] = [p for p in policy if p is not gain]
         size = gain.detach().square().mean().sqrt().item()
-        groups.append({"params": [gain], "lr_scale": last_norm_lr * size, "one_number": True})
+        groups.append({"params": [gain], "lr_scale": last_norm_lr * size, "network": "policy", "one_number": True})
     optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
     step_as_one_number(optimizer)
     return optimizer

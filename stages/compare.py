@@ -32,7 +32,7 @@ from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableJudge, Scorer, load_scorer, member_folders
 from rlhf.workers import workers_for
 
-BEST_OF = re.compile(r"best_of_(\d+)")
+BEST_OF = re.compile(r"best_of_([1-9]\d*)")
 
 
 def main(config: Config) -> None:
@@ -180,7 +180,8 @@ def _judge(config: Config, accelerator, attention, encoder, prompts, answers) ->
         return "gold", gold, None
     if ":" in wanted and not Path(wanted).is_dir():
         pair_judge = CallableJudge(wanted)
-        return wanted, _against_one(pair_judge, prompts, answers), pair_judge
+        # Asked by the process that writes alone: it may be somebody's paid service
+        return wanted, _against_one(pair_judge, prompts, answers) if accelerator.is_main_process else {}, pair_judge
     folder = run / "judge" / "model" if wanted == "judge" else Path(wanted)
     if not folder.is_dir():
         raise InputError(f"compare.judge={wanted}: {folder} is not there. The reward stage makes a judge when data.judge_fraction is above 0; "

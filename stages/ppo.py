@@ -100,7 +100,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
             learner.clock.take()
             rows = prompts_of_step(prompts, step, settings.batch_size, config.seed)
             rollout, texts, gold, figures = roll(rows, 1, step)
-            lr = set_lr(optimizer, linear_lr(step, settings.rollouts))
+            # A shared trunk would move with the value loss, and Adam makes whole steps of small gradients
+            lr = set_lr(optimizer, linear_lr(step, settings.rollouts), still="policy" if step < settings.warmup_rollouts else None)
             figures |= learner.learn(rollout, step, ptx_rows=_ptx_of_step(ptx, step, settings.batch_size),
                                      after_step=average.step if average is not None else None,
                                      on_skip=lambda places, rows=rows, step=step: _tell_skip([rows[i].id for i in places], step + 1))

@@ -26,6 +26,7 @@ from rlhf.models import add_lora, attention_kernel, backbone, compile_blocks, lo
 from rlhf.passes import by_tokens, make_rows, policy_pass
 from rlhf.progress import say
 from rlhf.runs import open_stage
+from rlhf.sampling import check_backbone
 from rlhf.sharding import full_weights, whole
 from rlhf.trl_trainers import DemonstrationTrainer, Recipe, count_steps, last_checkpoint
 
@@ -45,6 +46,8 @@ def main(config: Config) -> None:
     train = _demonstrations(run, "train", encoder, config)
     held_out = _demonstrations(run, "eval", encoder, config)
     policy = load_policy(source, encoder, attention, config.model.trust_remote_code)
+    if config.model.init:
+        check_backbone(policy, encoder, config.data.max_prompt_tokens + config.data.max_completion_tokens)
     policy = add_lora(policy, config.model.lora_rank, config.model.lora_alpha, "CAUSAL_LM")
     compile_blocks(policy, config.model.compile)
 

@@ -192,6 +192,42 @@ def test_an_input_file_that_changed_after_prepare_is_noticed(ends, tmp_path):
     assert tree(tmp_path / "run") == before
 
 
+def test_a_folder_of_files_is_watched_too(ends, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", map(demonstration, range(60)))
+    write_lines(folder / "b.jsonl", map(demonstration, range(60, 70)))
+    prepare(ends, tmp_path, 0, f"data.demonstrations={folder}")
+    assert "already done" in prepare(ends, tmp_path, 0, f"data.demonstrations={folder}")
+    (folder / "b.jsonl").rename(tmp_path / "b.jsonl")
+    assert f"the input {folder / 'b.jsonl'} is gone" in prepare(ends, tmp_path, 2, f"data.demonstrations={folder}")
+    write_lines(folder / "b.jsonl", map(demonstration, range(60, 71)))
+    assert f"the input {folder / 'b.jsonl'} has changed" in prepare(ends, tmp_path, 2, f"data.demonstrations={folder}")
+
+
+@pytest.mark.parametrize("split", ["eval", "test"])
+def test_a_run_without_prompts_to_ask_at_the_end_does_not_begin(ends, tmp_path, split):
+    file = write_lines(tmp_path / "mine.jsonl", map(demonstration, range(60)))
+    words = ["--config", "configs/tiny.yaml", f"run.dir={tmp_path / 'run'}", f"data.demonstrations={file}", f"data.{split}_fraction=0"]
+    said = ends(2, "pipeline", *words)
+    assert f"there are no {split} prompts" in said and f"a larger data.{split}_fraction" in said
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_that_numpy_refuses_is_refused_at_once(ends, tmp_path, seed):
+    assert "seed: found" in ends(2, "prepare", *SMALL, f"run.dir={tmp_path / 'run'}", f"seed={seed}")
+
+
+def test_a_folder_that_holds_a_crash_report_alone_takes_other_settings(ends, tmp_path):
+    words = [*SMALL, f"run.dir={tmp_path / 'run'}"]
+    (tmp_path / "run" / "prepare").mkdir(parents=True)
+    for name, text in (("crash.txt", "x"), ("manifest.json", '{"fingerprint": "other", "processes": 1}'), ("config.yaml", "seed: 7")):
+        (tmp_path / "run" / "prepare" / name).write_text(text)
+    ends(0, "prepare", *words)
+    assert not (tmp_path / "run" / "prepare" / "crash.txt").exists()
+
+
 # Places that cannot be written, and runs that are busy
 
 def test_a_run_dir_that_is_a_file_is_named(ends, tmp_path):

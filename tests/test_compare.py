@@ -33,10 +33,10 @@ def run(tmp_path, tiny_folder):
     return tmp_path
 
 
-def compared(run, **settings):
-    """summary.json, samples.jsonl and report.md of a comparison with these settings."""
+def compared(run, judge="auto", ppo=None, **settings):
+    """summary.json, samples.jsonl and report.md of a comparison with these settings of compare and of ppo."""
     tree = {"seed": 3, "run": {"dir": str(run), "threads": 1, "precision": "fp32"}, "model": {"init": str(run / "sft" / "model")},
-            "data": {"max_completion_tokens": 6}, "compare": {"policies": ["sft", "ppo"], **settings}}
+            "data": {"max_completion_tokens": 6}, "compare": {"policies": ["sft", "ppo"], "judge": judge, **settings}, "ppo": ppo or {}}
     compare.main(config_from_tree(tree, "here"))
     folder = run / "compare"
     return json.loads((folder / "summary.json").read_text()), list(read_jsonl(folder / "samples.jsonl")), (folder / "report.md").read_text()
@@ -70,6 +70,14 @@ def test_E1_E5_the_average_the_last_weights_a_second_draw_and_an_untrained_model
     assert "**PPO, last weights**" in report and "**SFT, drawn again**" not in report and "SFT, drawn again against SFT" in report
     # nano models answer with noise, so the row against the untrained model fails, and the report says so
     assert any("SFT against Untrained" in text for text in caveats(summary))
+
+
+def test_a_family_in_peoples_own_rows_is_a_label_and_no_gold_score(run):
+    rows = [{"prompt": [{"role": "user", "content": f"Tell me about fox {i}."}], "id": str(i), "family": "animals"} for i in range(6)]
+    write_jsonl(run / "data" / "prompts" / "test.jsonl", rows)
+    summary, samples, _ = compared(run)
+    assert summary["judge"] == "proxy" and {row["family"] for row in samples} == {"animals"}
+    assert {a["gold"] for row in samples for a in row["answers"].values()} == {None}
 
 
 def greedy(model, encoder, prompt, room) -> tuple[list[int], float]:
@@ -117,6 +125,13 @@ def test_a_judge_that_nothing_was_measured_of_has_no_such_line(run):
     assert compared(run, judge="proxy")[0]["judge_held_out"] is None
 
 
+def test_a_best_of_none_and_no_policies_at_all_are_refused(run):
+    with pytest.raises(InputError, match="best_of_0"):
+        compared(run, policies=["sft", "best_of_0"])
+    with pytest.raises(InputError, match="compare.policies: found none"):
+        compared(run, policies=[])
+
+
 @pytest.mark.parametrize("name", ["sft_at_0", "sft_at_1000"])
 def test_a_temperature_out_of_range_is_refused(run, name):
     with pytest.raises(InputError, match=f"compare.policies names {name}: found temperature"):
@@ -133,6 +148,18 @@ def test_E2_the_training_reward_is_known_by_its_folder_too(run):
     summary, _, report = compared(run, judge=str(run / "ppo" / ".." / "reward" / "model"))
     assert summary["proxy_is_judge"] and report.startswith("# Judged by the very reward that PPO was trained on")
     assert summary["policies"]["ppo"]["judge_mean"] == pytest.approx(summary["policies"]["ppo"]["proxy_mean"])
+
+
+@pytest.mark.parametrize(("ppo", "judge", "paid"), [({"score": "tests.test_compare:likes_the_first"}, "proxy", False), ({}, "proxy", True),
+                                                    ({"mix": {"ppo/../other": 0.5}}, "other", True), ({}, "other", False)])
+def test_E2_a_judge_counts_as_the_training_reward_only_if_ppo_was_paid_by_it(run, ppo, judge, paid):
+    """A function of the user's may have taken the reward model's place, or another model been added to it."""
+    shutil.copytree(run / "reward" / "model", run / "other")
+    ppo = {**ppo, "mix": {str(run / name): weight for name, weight in ppo.get("mix", {}).items()}}
+    summary, _, report = compared(run, "proxy" if judge == "proxy" else str(run / judge), ppo)
+    assert summary["proxy_is_judge"] == paid and ("Judged by the very reward" in report) == paid
+    assert ("PPO was trained on it." in report) == paid != ("No stage was trained on it." in report)
+    assert ("| Judge |" in report) == (judge == "other")
 
 
 def test_E3_a_function_judges_pairs_in_both_orders(run):

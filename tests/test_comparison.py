@@ -393,6 +393,8 @@ def test_a_judge_that_may_be_no_better_than_chance_is_said(low, said):
 
 def test_one_policy_alone_has_no_verdict():
     assert verdict(summarise(four_rows(), "gold", ["sft"])) == "Nothing was compared: only one policy answered."
+    summary = summarise(four_rows(), "gold", ["sft", "ppo"])
+    assert verdict({**summary, "comparisons": []}) == "Nothing was compared: no pair is made of these policies."
 
 
 def test_labels():

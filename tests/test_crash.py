@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from rlhf.cli import guarded
 from rlhf.config import load_config
@@ -77,4 +78,14 @@ def test_foreseen_ends_leave_no_crash_report(tmp_path):
         raise TrainingStopped("prepare: enough")
 
     assert stage_that(tmp_path, fails) == 3
+    assert not (tmp_path / "run" / "prepare" / "crash.txt").exists()
+
+
+def test_memory_that_runs_out_ends_with_3_and_what_to_lower(tmp_path, capsys):
+    def fails(stage):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    assert stage_that(tmp_path, fails) == 3
+    said = capsys.readouterr().err
+    assert "memory ran out: CUDA out of memory" in said and "lower data.max_prompt_tokens or data.max_completion_tokens" in said
     assert not (tmp_path / "run" / "prepare" / "crash.txt").exists()

@@ -175,6 +175,22 @@ def test_one_broken_line_is_a_warning(tmp_path):
     assert ["malformed JSON 1 (first: line 121: " in w.text for w in warnings_of(facts_of(path))] == [True]
 
 
+@pytest.mark.parametrize(("rows", "kind", "named"), [
+    ([{"prompt": f"Say {n}", "completion": f"Well, {n}.", "label": n % 2 == 0, "id": n} for n in range(120)], "demonstrations", "`label` is"),
+    ([{"instruction": f"Say {n}", "response": f"Well, {n}.", "user_rating": n % 5} for n in range(120)], "demonstrations", "`user_rating` is"),
+    ([{"prompt": f"Say {n}", "better_answer": "a", "worse_answer": "b"} for n in range(120)], "prompts", "`better_answer`, `worse_answer` are"),
+    ([{"prompt": f"Say {n}", "response_1": "It is what I say.", "lang": "en"} for n in range(120)], "prompts", "`response_1` is")])
+def test_judgements_and_answers_that_are_not_read_are_warned_of(tmp_path, rows, kind, named):
+    facts = facts_of(write(tmp_path / "mine.jsonl", rows))
+    found = [w for w in warnings_of(facts) if "not read" in w.text]
+    assert facts.kind == kind and len(found) == 1 and found[0].text.startswith(named) and "scores or ranks" in found[0].remedy
+
+
+def test_other_columns_are_named_without_a_warning(tmp_path, capsys):
+    code, out, _ = run(capsys, write(tmp_path / "mine.jsonl", [{**row, "label": "x", "source": "web"} for row in clean_rows()]))
+    assert code == 0 and "not read   columns label, source" in out
+
+
 # --- repetitions and contradictions -------------------------------------------------------------------------------------------------
 
 

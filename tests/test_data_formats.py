@@ -7,9 +7,11 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from rlhf.data import FORMATS, KINDS, convert, prompt_id, read_rows, recognise
 from rlhf.data.examples import checked_ranks, pieces_of
@@ -939,3 +941,100 @@ def test_one_task_has_one_id_in_every_source():
     )
     assert len(pandalm & tulu) == 126
     assert tasks <= tulu
+
+
+# Layouts that are met often, and what they must not become -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [None, "", "Hi?", "Hi? \n", "More"])
+def test_answers_that_repeat_the_conversation_tell_the_prompt_themselves(tmp_path, prompt):
+    """The column beside them is empty, or the first or the last question alone; white space around it does not count."""
+    row = {"prompt": prompt, "chosen": [system("Be kind."), *TALK, assistant("good")], "rejected": [system("Be kind."), *TALK, assistant("bad")]}
+    rows, report = converted(write(tmp_path, [row]), "preferences")
+    assert [bare(row) for row in rows] == [{**TALK_PAIR, "prompt": [system("Be kind."), *TALK]}] and not report.dropped
+
+
+def test_answers_to_another_question_than_the_column_are_still_told_apart(tmp_path):
+    row = {"prompt": "Ho?", "chosen": [*ASK, assistant("good")], "rejected": [*ASK, assistant("bad")]}
+    with pytest.raises(InputError, match="prompts differ 1; where the answers are whole conversations, leave out the column of the prompt"):
+        converted(write(tmp_path, [row]), "preferences")
+
+
+@pytest.mark.parametrize("spell", [str, json.dumps, lambda turns: json.dumps(json.dumps(turns))[1:-1]])
+@pytest.mark.parametrize("column", ["prompt", "chosen", "completion"])
+def test_messages_that_were_made_text_are_not_trained_on(tmp_path, spell, column):
+    kind = "demonstrations" if column == "completion" else "preferences"
+    good = {"prompt": "Good?", "completion": "good"} if column == "completion" else GOOD_PAIR
+    spelled = spell(ASK if column == "prompt" else [*ASK, assistant("good")])
+    rows, report = converted(write(tmp_path, [good, {**good, column: spelled}]), kind)
+    assert len(rows) == 1 and report.drops() == {"messages written as text": 1}
+    text = "[the role: content of] a list"
+    rows, report = converted(write(tmp_path, [{**good, column: text}]), kind)
+    assert len(rows) == 1 and not report.dropped
+
+
+@pytest.mark.parametrize(("column", "prompt"), [("preference", "instruction"), ("label", "input")])
+def test_verdicts_0_and_1_are_not_taken_for_1_and_2(tmp_path, column, prompt):
+    """The mapping that the message proposes reads them: 0 names the first answer."""
+    rows = [{prompt: f"Good {n}?", "output_1": "first", "output_2": "second", column: verdict} for n, verdict in enumerate((0, 1, 1, 0))]
+    path = write(tmp_path, rows)
+    with pytest.raises(InputError, match=f"`{column}` is 0 or 1, wanted 1") as failure:
+        convert(path, "preferences")
+    assert f"{{prompt: {prompt}, response_0: output_1, response_1: output_2, better_response_id: {column}}}" in str(failure.value)
+    mapping = {"prompt": prompt, "response_0": "output_1", "response_1": "output_2", "better_response_id": column}
+    made, _ = converted(path, "preferences", mapping)
+    assert [row["completions"][row["ranks"].index(1)] for row in made] == ["first", "second", "second", "first"]
+    name = recognise([{**rows[0], column: 1}], "preferences").name
+    assert len(converted(path, "preferences", {"format": name}, keep_ties=True)[0]) == (4 if column == "preference" else 2)
+    rows[0][column] = 2
+    assert converted(write(tmp_path, rows), "preferences")[1].made
+
+
+@pytest.mark.parametrize("word", ["response_a", "answer_b", "Output_A"])
+def test_a_verdict_may_name_the_column(tmp_path, word):
+    rows, _ = converted(write(tmp_path, [{"prompt": "Good?", "response_a": "a", "response_b": "b", "winner": word}]), "preferences")
+    assert rows[0]["ranks"] == ([1, 2] if word.lower().endswith("a") else [2, 1])
+
+
+def test_what_was_met_and_what_is_wanted_is_said_of_verdicts_and_roles(tmp_path):
+    with pytest.raises(InputError, match=r"unknown verdict 1 \('mine'\); a verdict is a or b"):
+        converted(write(tmp_path, [{**GOOD_TULU, "preference": "mine"}]), "preferences")
+    with pytest.raises(InputError, match=r"unknown role 1 \('tool'\); a role is system, user"):
+        converted(write(tmp_path, [{"messages": [{"role": "tool", "content": "x"}, assistant("good")]}]), "demonstrations")
+
+
+def test_columns_that_a_schema_does_not_read_are_named(tmp_path):
+    rows = [{**GOOD_PAIR, "id": 7, "margin": 0.5, "note": None if n else "seen by two people"} for n in range(2)]
+    rows, report = converted(write(tmp_path, rows), "preferences")
+    assert report.unread == {"id": False, "note": True} and report.describe().endswith("; not read: id, note")
+    assert report.as_json()["columns_not_read"] == ["id", "note"]
+    for sample in (GOOD_HH, GOOD_TULU, GOOD_RANKED):
+        assert not converted(write(tmp_path, [sample]), "preferences")[1].unread
+
+
+def test_a_quote_that_is_not_closed_costs_every_line_it_takes_along(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,chosen,rejected\na,b,c\nd,"e,f\ng,h,i\nj,k,l\n', encoding="utf-8")
+    rows, report = converted(str(path), "preferences")
+    assert [row["source"] for row in rows] == [f"{path}:2"] and report.read == 4
+    assert report.dropped == {"malformed CSV": {str(path): [3, 4, 5]}}
+    path.write_text('prompt,chosen,rejected\na,"b\nb"x,c\nd,e,f\n', encoding="utf-8")
+    rows, report = converted(str(path), "preferences")
+    assert [row["source"] for row in rows] == [f"{path}:4"] and report.dropped == {"malformed CSV": {str(path): [2, 3]}}
+
+
+@pytest.mark.parametrize("text", ["sep=;\nprompt;chosen;rejected\nGood?;good;bad\n", "prompt;chosen;rejected;;\nGood?;good;bad;;\n",
+                                  ",prompt,chosen,rejected\n0,Good?,good,bad\n", " prompt , chosen , rejected \nGood?,good,bad\n"])
+def test_tables_as_spreadsheets_and_pandas_write_them(tmp_path, text):
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8")
+    rows, _ = converted(str(tmp_path / "rows.csv"), "preferences")
+    assert [bare(row) for row in rows] == [{"prompt": [user("Good?")], "completions": ["good", "bad"], "ranks": [1, 2]}]
+    assert rows[0]["source"].endswith(":3" if text.startswith("sep") else ":2")
+
+
+def test_a_date_that_python_cannot_tell_ends_with_the_file_named(tmp_path):
+    table = pyarrow.table({"prompt": ["Good?"], "chosen": ["good"], "rejected": ["bad"],
+                           "at": pyarrow.array([2**60], pyarrow.timestamp("ms"))})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="rows.parquet: not readable as Parquet"):
+        converted(str(tmp_path / "rows.parquet"), "preferences")

@@ -135,3 +135,13 @@ def test_a_gpt_that_is_not_the_plain_one_or_has_a_listener_is_called_as_a_whole(
         torch.testing.assert_close(two_tokens(plain, decoder), expected)
         hook.remove()
         assert len(heard) == 3
+
+
+def test_flash_attention_is_not_sampled_with(monkeypatch):
+    """It would take the room ahead in the buffers for the end of a left-padded mask."""
+    policy, asked = nano(ENCODER), []
+    policy.config._attn_implementation = "flash_attention_2"  # as it is where that package is there
+    monkeypatch.setattr(type(policy), "set_attn_implementation", lambda self, name: asked.append(name))
+    with attention_for_sampling(policy):
+        assert asked == [ONE_TOKEN]
+    assert asked == [ONE_TOKEN, "flash_attention_2"]

@@ -17,6 +17,8 @@ from transformers import (
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     DebertaV2Model,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -26,7 +28,7 @@ from rlhf.config import config_from_tree
 from rlhf.encoding import PAIR_TEMPLATE, Encoder
 from rlhf.errors import InputError
 from rlhf.jsonl import write_jsonl
-from rlhf.models import load_encoder, load_reward_model, longest_row, new_gpt, save_model
+from rlhf.models import add_lora, load_encoder, load_reward_model, longest_row, new_gpt, save_model
 from rlhf.runs import file_digest
 from rlhf.scoring import load_scorer, raw_scores
 from stages import reward
@@ -260,3 +262,35 @@ def test_a_bert_too_short_for_the_rows_is_refused_with_the_remedy(start, tmp_pat
     BertModel(bert_config(positions=8)).save_pretrained(run / "bert")
     with pytest.raises(InputError, match="8 positions; lower data.max_prompt_tokens"):
         reward.main(config(run))
+
+
+def distilbert(tmp_path):
+    config = DistilBertConfig(vocab_size=len(ENCODER.tokenizer), dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=POSITIONS,
+                              num_labels=1, seq_classif_dropout=0.5, pad_token_id=ENCODER.pad_id)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
+    return load_reward_model(str(tmp_path), ENCODER, "eager")
+
+
+def test_B4_dropouts_are_off_whatever_they_are_called(tmp_path):
+    model = distilbert(tmp_path).train()
+    row = ENCODER.prompt_ids(user("Say red")) + ENCODER.completion_ids("red")
+    assert torch.equal(raw_scores(model, [row] * 8, ENCODER.pad_id), raw_scores(model, [row] * 8, ENCODER.pad_id))
+
+
+def test_lora_leaves_distilberts_head_whole(tmp_path):
+    adapted = add_lora(distilbert(tmp_path), 2, 4, "SEQ_CLS")
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert any("pre_classifier" in name and "lora" not in name for name in trained) and any("lora_A" in name for name in trained)
+    adapted.merge_and_unload()
+
+
+def test_a_reward_model_file_that_is_damaged_or_has_two_labels_is_named(tmp_path):
+    distilbert(tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="no model could be loaded"):
+        load_reward_model(str(tmp_path / "cut"), ENCODER, "eager")
+    two = BertForSequenceClassification(BertConfig(vocab_size=len(ENCODER.tokenizer), **{**TINY, "num_labels": 2}))
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(InputError, match="no model could be loaded"):
+        load_reward_model(str(tmp_path / "two"), ENCODER, "eager")

@@ -85,6 +85,13 @@ def test_B3_ended_means_that_eos_is_last():
     assert not ENCODER.ended([5, ENCODER.pad_id])
 
 
+def test_a_template_that_refuses_a_role_is_named_with_the_remedy():
+    encoder = tiny_encoder()
+    encoder.tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    with pytest.raises(InputError, match="refuses turns of system, user: System role not supported; leave rows"):
+        encoder.prompt_ids([{"role": "system", "content": "Be kind."}, *user("Hi")])
+
+
 # Text cannot forge what is not text
 
 @pytest.mark.parametrize("name", MARKERS)

@@ -3,17 +3,23 @@
 import ctypes
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import rlhf.learner
 import rlhf.ppo
+from rlhf.config import load_config
 from rlhf.errors import TrainingStopped
+from rlhf.learner import Learner
 from rlhf.memory import Microbatch, is_out_of_memory
+from rlhf.models import load_encoder
 from rlhf.paths import PACKAGE
 from rlhf.ppo import update
+from rlhf.prompts import Prompt
 from rlhf.workers import Workers
 from stages import pretrain
 from tests import processes
@@ -165,3 +171,28 @@ print(held - pages())
 """
     went = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(went) * resource.getpagesize() > 200e6
+
+
+def test_P4_sampling_that_ran_out_of_memory_is_tried_with_fewer_rows_at_once(monkeypatch, tmp_path, tiny_folder):
+    """The same answers: what a prompt gets does not depend on its batch."""
+    config = load_config("configs/tiny.yaml", [f"run.dir={tmp_path}", "run.precision=fp32", "ppo.score=tests.test_memory:by_length",
+                                               "ppo.microbatch_tokens=4096", "data.max_completion_tokens=6"])
+    shutil.copytree(tiny_folder, tmp_path / "sft" / "model")
+    encoder = load_encoder(str(tiny_folder))
+    learner = Learner(config, cpu(), encoder)
+    rows = [Prompt(m, encoder.prompt_ids(m), str(i), None) for i, m in enumerate([{"role": "user", "content": f"Say {n}"}] for n in range(6))]
+    expected, plain, tried = learner.roll(rows, 0.1, 1, 0).completions, rlhf.learner.sample, []
+
+    def few_rows_fit(policy, prompts, uniforms_BC, encoder, temperature, batch_size, *rest):
+        tried.append(batch_size)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(policy, prompts, uniforms_BC, encoder, temperature, batch_size, *rest)
+
+    monkeypatch.setattr(rlhf.learner, "sample", few_rows_fit)
+    assert learner.roll(rows, 0.1, 1, 0).completions == expected
+    assert [round(tried[0] / size) for size in tried] == [1, 2, 4]
+
+
+def by_length(prompts, completions):
+    return [float(len(c)) for c in completions]

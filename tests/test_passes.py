@@ -6,7 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model, save_model
-from rlhf.passes import LONG, SHORT, PolicyAndValue, ValueModel, by_tokens, even_groups, logprob_sums, make_rows, policy_pass, tight_groups
+from rlhf.passes import (
+    CHANGES_LOGITS,
+    LONG,
+    SHORT,
+    PolicyAndValue,
+    ValueModel,
+    by_tokens,
+    even_groups,
+    logprob_sums,
+    make_rows,
+    policy_pass,
+    tight_groups,
+)
 from tests.helpers import CONTEXT, linear_head, llama, naive_logprobs, nano, rough, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -200,3 +212,12 @@ def test_P4_tight_groups_by_hand():
     # cuts lie at multiples of 16 rows, and both kinds of the wide rows go together: 3 x 16 narrow ones, then 16 with the rest
     assert list(map(len, tight_groups([8] * 50 + [96] * 13 + [104], 10_000))) == [48, 16]
     assert tight_groups([8] * 15 + [250], 10_000) == [list(range(16))]
+
+
+def test_models_that_change_their_logits_after_the_output_layer_are_known_by_their_settings():
+    """Names as the configurations of Gemma 2, Cohere, Granite, RecurrentGemma, xLSTM, Falcon-H1 and Inkling have them, and some of other things."""
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "output_logit_soft_cap", "lm_head_multiplier",
+                 "logits_mup_width_multiplier"):
+        assert CHANGES_LOGITS.match(name), name
+    for name in ("attn_logit_softcapping", "num_logits_to_keep", "output_router_logits", "moe_router_logit_softcapping"):
+        assert not CHANGES_LOGITS.match(name), name

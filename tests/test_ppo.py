@@ -356,6 +356,19 @@ def test_P5_each_network_has_its_rate_and_adam_epsilon_is_1e_5():
     assert {(g["eps"], g["weight_decay"], *g["betas"]) for g in optimizer.param_groups} == {(1e-5, 0.0, 0.9, 0.999)}
 
 
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_P6_while_the_value_model_warms_up_the_policy_stays_to_the_bit(kind):
+    """A trunk that both share would move with the value loss."""
+    model = policy_and_value(ENCODER, kind)
+    optimizer, before = ppo_optimizer(model, 1e-3, 4e-3, 0.02), snapshot(model)
+    set_lr(optimizer, 1.0, still="policy")
+    update(cpu(), model, optimizer, rollout_of(model), settings(policy_coef=0.0), PAD, seed=1)
+    moved = {name for name, weights in snapshot(model).items() if not torch.equal(weights, before[name])}
+    assert moved and all(name.startswith("value_model.") for name in moved)
+    set_lr(optimizer, 1.0)
+    assert {g["lr"] for g in optimizer.param_groups if g["network"] == "policy"} >= {1e-3}
+
+
 def test_P5_the_last_norms_gain_has_a_rate_of_its_own_when_asked_for():
     model = policy_and_value(ENCODER)
     torch.nn.init.constant_(model.policy.transformer.ln_f.weight, 2.0)

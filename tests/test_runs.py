@@ -195,6 +195,17 @@ def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(config):
     assert "reward.flip_rate was 0.0 and is now 0.25" in refusal("reward", replace_section(config, "reward", flip_rate=0.25))
 
 
+def test_what_ppo_is_paid_by_decides_for_it_and_for_compare(config):
+    """An ensemble must not become its first member unnoticed."""
+    for stage in ("ppo", "compare"):
+        opened = open_stage(stage, replace_section(config, "reward", members=3))
+        opened.log(1, loss=1.0)
+        assert "reward.members was 3 and is now 1" in refusal(stage, config), stage
+    opened = open_stage("judge", config)  # any stage that does not read it
+    opened.log(1, loss=1.0)
+    assert "ppo.ensemble was 'mean' and is now 'worst'" in refusal("compare", replace_section(config, "ppo", ensemble="worst"))
+
+
 def test_settings_that_a_stage_does_not_read_do_not_matter_to_it(config):
     open_stage("pretrain", config).finish()
     changed = replace_section(replace_section(config, "ppo", lr=0.5), "run", save_every=7, threads=1)

@@ -6,13 +6,15 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 import rlhf.sampling
+from rlhf.errors import InputError
 from rlhf.models import adapted_layers, adapters_merged, add_lora, hold_for_products
 from rlhf.passes import PassCost
-from rlhf.sampling import _draw, draw_uniforms, sample
+from rlhf.sampling import _draw, check_backbone, draw_uniforms, sample
 from rlhf.workers import Workers
-from tests.helpers import llama, nano, rough, snapshot, some_prompts, tiny_encoder
+from tests.helpers import CONTEXT, llama, nano, rough, snapshot, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
 PROMPTS = some_prompts(ENCODER, 12)
@@ -230,3 +232,23 @@ def logits_without_adapters(policy, ids):
     """What the model says without its adapters."""
     with policy.disable_adapter(), torch.no_grad():
         return policy(input_ids=ids).logits
+
+
+# What a backbone must be able to do
+
+def test_a_model_that_keeps_a_state_is_refused_before_anything_is_trained():
+    torch.manual_seed(0)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=len(ENCODER.tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(InputError, match=r"\(MambaForCausalLM\) cannot be sampled from here: .*; wanted a causal LM whose layers all attend"):
+        check_backbone(mamba, ENCODER, 20)
+    for make in (nano, llama):
+        check_backbone(make(ENCODER), ENCODER, 20)
+
+
+def test_a_backbone_too_short_for_the_rows_is_refused():
+    opt = OPTForCausalLM(OPTConfig(vocab_size=len(ENCODER.tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
+                                   max_position_embeddings=CONTEXT, word_embed_proj_dim=16)).eval()
+    for model in (nano(ENCODER), opt):
+        check_backbone(model, ENCODER, CONTEXT)
+        with pytest.raises(InputError, match=f"{CONTEXT} positions; lower data.max_prompt_tokens"):
+            check_backbone(model, ENCODER, CONTEXT + 1)

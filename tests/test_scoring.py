@@ -261,3 +261,19 @@ def test_a_folder_without_a_model_is_refused_with_what_was_wanted(tmp_path):
     for load in (load_encoder, lambda source: load_reward_model(source, ENCODER, "eager")):
         with pytest.raises(InputError, match="config.json"):
             load(str(tmp_path / "nothing"))
+
+
+def divides(prompts, completions):
+    return [1 / 0 for _ in completions]
+
+
+def test_what_a_function_of_the_users_raises_is_said_with_its_line():
+    with pytest.raises(InputError, match=r"ppo.score names .* raised ZeroDivisionError: division by zero \(.*test_scoring.py:\d+\)"):
+        CallableScorer("tests.test_scoring:divides")(MESSAGES, COMPLETIONS, ENCODER)
+
+
+def test_a_module_of_the_users_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("def f(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="half_written:f.*SyntaxError"):
+        CallableScorer("half_written:f")

@@ -320,10 +320,10 @@ def _of_rows(facts: Facts) -> Warned:
 
 
 def _of_columns(facts: Facts) -> Warned:
-    """Columns that look like a judgement of answers, or like answers, in a file that is not read as preferences."""
-    unread = facts.report.unread
-    suspects = [] if facts.kind == "preferences" else [f"`{name}`" for name, is_text in unread.items()
-                                                      if JUDGEMENT.search(name) or is_text and facts.kind == "prompts"]
+    """Columns that look like a judgement of answers, or like answers, in a file that is read as demonstrations or as prompts."""
+    if facts.kind not in ("demonstrations", "prompts"):
+        return
+    suspects = [f"`{name}`" for name, is_text in facts.report.unread.items() if JUDGEMENT.search(name) or is_text and facts.kind == "prompts"]
     if suspects:
         use = "every answer counts as one to imitate" if facts.kind == "demonstrations" else f"the {facts.kind} alone are used"
         yield (f"{', '.join(suspects)} {'is' if len(suspects) == 1 else 'are'} not read: {use}",

@@ -86,6 +86,7 @@ class Speaker:
     """A model with its own memory of the conversation."""
 
     def __init__(self, label: str, source: str, keeps_history: bool):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as rlhf.compute.start has it
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.label, self.keeps_history = label, keeps_history
         self.encoder = load_encoder(source)

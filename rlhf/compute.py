@@ -2,17 +2,19 @@
 
 import gc
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, parse_flag_from_env, set_seed
 
 from rlhf.config import Config
 from rlhf.cores import threads_per_process
 from rlhf.errors import InputError
 from rlhf.quiet import quiet_libraries
 
+PATIENCE = timedelta(hours=12)  # of processes that wait while the main one evaluates or asks a judge; NCCL ends them after ten minutes else
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -23,9 +25,15 @@ def start(config: Config) -> Accelerator:
     """
     quiet_libraries()
     torch.set_num_threads(threads_per_process(config.run.threads))
+    # Its backward pass gives NaN for some masks (pytorch/pytorch#196678), and torch takes it first on new GPUs
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # No pass may need the other processes: where memory runs out in one of them, it alone tries again (rlhf/memory.py)
     alone = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision(config.run.precision), kwargs_handlers=[alone])
+    accelerator = Accelerator(cpu=on_cpu(), mixed_precision=precision(config.run.precision),
+                              kwargs_handlers=[alone, InitProcessGroupKwargs(timeout=PATIENCE)])
+    if config.model.attention == "flash_attention_2" and (on_cpu() or accelerator.mixed_precision != "bf16"):
+        raise InputError(f"model.attention=flash_attention_2: found {accelerator.device.type} and passes in "
+                         f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}, wanted a GPU and bf16; leave it at auto")
     if sharded(accelerator) and config.model.lora_rank:
         raise InputError(f"model.lora_rank={config.model.lora_rank} with a model sharded among {accelerator.num_processes} processes: found no need "
                          "of both, adapters are few; launch with configs/accelerate/ddp.yaml, or set model.lora_rank=0")
@@ -33,11 +41,16 @@ def start(config: Config) -> Accelerator:
     return accelerator
 
 
+def on_cpu() -> bool:
+    """True where there is no GPU, or accelerate was told to leave it alone."""
+    return not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def precision(wanted: str) -> str:
     """accelerate's name for run.precision: bf16 only where the hardware multiplies it (emulated, it is slower than fp32)."""
     if wanted == "auto":
-        if torch.cuda.is_available():
-            return "bf16" if torch.cuda.is_bf16_supported() else "no"
+        if not on_cpu():
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
         return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "no"
     return {"bf16": "bf16", "fp32": "no"}[wanted]
 
@@ -51,7 +64,7 @@ def describe(accelerator: Accelerator) -> str:
 
 def wait_for_everyone() -> None:
     """Returns when every process has come here; at once where there is one."""
-    PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+    PartialState(cpu=on_cpu(), timeout=PATIENCE).wait_for_everyone()
 
 
 def leave_processes() -> None:
@@ -119,7 +132,9 @@ def my_share(accelerator: Accelerator, rows):
 
 
 def peak_memory_mb() -> int:
-    """Largest resident memory of this process so far, MiB."""
+    """Largest memory of this process so far, MiB: of its tensors on a GPU, else all that is resident."""
+    if not on_cpu():
+        return torch.cuda.max_memory_allocated() // 1024**2
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024**2 if sys.platform == "darwin" else 1024)  # macOS counts bytes

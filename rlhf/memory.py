@@ -10,7 +10,7 @@ import torch
 from rlhf.errors import TrainingStopped
 from rlhf.progress import say
 
-WORDS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc",  # as CUDA and the CPU allocator put it
+WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory", "bad_alloc",  # CUDA and the CPU allocator
          "could not create a primitive", "could not execute a primitive", "could not create a memory object")  # oneDNN gives no reason
 
 

@@ -79,7 +79,7 @@ def evaluate_tokens(model, ref_logprobs, rows: list[tuple[list[int], list[int]]]
     groups = tight_groups([len(p) + len(c) for p, c in rows], budget, workers.count, pass_cost(model))
     for group, columns in zip(groups, workers.map(evaluate, groups), strict=True):
         for place, i in enumerate(group):
-            results[i] = tuple(t[place, : len(rows[i][1])] for t in columns)
+            results[i] = tuple(t[place, : len(rows[i][1])].clone() for t in columns)  # a view would be sent with all that it is a view of
     return results
 
 

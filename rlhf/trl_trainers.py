@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from rlhf.compute import average_gradients, sharded, sum_over_processes
+from rlhf.compute import average_gradients, on_cpu, sharded, sum_over_processes
 from rlhf.config import Run
 from rlhf.encoded import EncodedRows
 from rlhf.encoding import Encoder
@@ -95,8 +95,8 @@ def _arguments(kind, recipe: Recipe, run: Run, folder: Path, **more):
         output_dir=str(folder), seed=recipe.seed % 2**32, max_steps=recipe.steps, per_device_train_batch_size=microbatch,
         gradient_accumulation_steps=share // microbatch, learning_rate=recipe.lr, lr_scheduler_type=recipe.schedule,
         warmup_steps=int(WARMUP * recipe.steps), optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, bf16=recipe.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential", remove_unused_columns=False,
-        dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(), ddp_broadcast_buffers=False, save_strategy="steps",
+        use_cpu=on_cpu(), train_sampling_strategy="sequential", remove_unused_columns=False,
+        dataloader_num_workers=0, dataloader_pin_memory=not on_cpu(), ddp_broadcast_buffers=False, save_strategy="steps",
         save_steps=run.save_every, logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, max_length=None,
         **{checkpointing: False}, **more)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: more of them are accelerate's business

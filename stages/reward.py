@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rlhf.cli import run_stage
-from rlhf.compute import describe, peak_memory_mb, precision, start
+from rlhf.compute import describe, on_cpu, peak_memory_mb, precision, start
 from rlhf.config import Config
 from rlhf.data.shortcuts import Pair, words_learned
 from rlhf.encoded import EncodedRows, encoded_rows
@@ -108,7 +108,7 @@ def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> Enc
 
 def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: EncodedRows, longest: int, steps: int, seed: int, member: int):
     """One reward model, trained; its head is drawn anew unless `source` already is a sequence classifier (CANON R1)."""
-    settings, attention = config.reward, attention_kernel(config.model.attention, "cuda" if torch.cuda.is_available() else "cpu")
+    settings, attention = config.reward, attention_kernel(config.model.attention, "cpu" if on_cpu() else "cuda")
     torch.manual_seed(seed)  # draws what `source` lacks beside the head: the pooler of an encoder that was pretrained without one
     reward_model = load_reward_model(source, encoder, attention, config.model.trust_remote_code)
     check_length(reward_model, longest)

@@ -4,7 +4,7 @@ import os
 
 # Before torch, tokenizers or the hub client are imported, here and in the processes that tests start.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1",
-                  HF_HUB_DISABLE_PROGRESS_BARS="1")
+                  HF_HUB_DISABLE_PROGRESS_BARS="1", CUDA_VISIBLE_DEVICES="")
 
 import copy
 import ipaddress

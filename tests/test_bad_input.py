@@ -228,6 +228,12 @@ def test_a_folder_that_holds_a_crash_report_alone_takes_other_settings(ends, tmp
     assert not (tmp_path / "run" / "prepare" / "crash.txt").exists()
 
 
+def test_flash_attention_without_a_gpu_is_refused(ends, tmp_path):
+    words = [*SMALL, f"run.dir={tmp_path / 'run'}", "model.attention=flash_attention_2"]
+    ends(0, "prepare", *words)
+    assert "model.attention=flash_attention_2: found cpu" in ends(2, "pretrain", *words)
+
+
 # Places that cannot be written, and runs that are busy
 
 def test_a_run_dir_that_is_a_file_is_named(ends, tmp_path):

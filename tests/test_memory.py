@@ -32,7 +32,7 @@ PROMPTS = some_prompts(ENCODER, 12)
 @pytest.mark.parametrize(("error", "expected"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True), (MemoryError(), True),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
-    (RuntimeError("could not create a primitive"), True),
+    (RuntimeError("could not create a primitive"), True), (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (ValueError("out of memory"), False)])
 def test_what_counts_as_memory_running_out(error, expected):
     assert is_out_of_memory(error) is expected

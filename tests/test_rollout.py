@@ -154,3 +154,12 @@ def test_rows_are_shared_out_in_order_and_too_few_are_refused_on_every_process()
     for index in range(3):
         with pytest.raises(InputError, match="2 rows of a batch cannot be shared among 3 processes; start fewer"):
             my_share(types.SimpleNamespace(num_processes=3, process_index=index), [1, 2])
+
+
+def test_what_processes_send_each_other_is_a_rows_own_numbers():
+    """A view would be pickled with the whole microbatch that it is a view of."""
+    model = policy_and_value(ENCODER)
+    pairs = [(PROMPTS[0], [7] * length) for length in (2, 5, 9)]
+    with torch.no_grad():
+        rows = evaluate_tokens(model, lambda batch: torch.zeros(batch.mask_BC.shape), pairs, ENCODER.pad_id, 1.0, 1000, "cpu")
+    assert [[t.untyped_storage().nbytes() for t in row] for row in rows] == [[4 * length] * 4 for length in (2, 5, 9)]

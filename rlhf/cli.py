@@ -17,12 +17,13 @@ TOOLS = {"chat": "talk to any stage's model in the terminal", "data": "`rlhf dat
          "bench": "how fast a PPO step is, where its time goes, and how that compares"}
 
 
-def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None = None) -> int:
-    """Parses the command line of a stage, runs `main(config)`, and returns the exit code after saying what was wrong."""
-    parser = argparse.ArgumentParser(description=doc, epilog="settings (section.key=default):\n" + describe_settings(),
+def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Parses the command line of a stage (called as `prog`), runs `main(config)`, and returns the exit code after saying what was wrong."""
+    said = "settings (section.key=default; those of the config file, left out: configs/quickstart.yaml, and yours go before them):\n"
+    parser = argparse.ArgumentParser(prog=prog, description=doc, epilog=said + describe_settings(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="experiment file (default: configs/quickstart.yaml)")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only results")
+    parser.add_argument("--quiet", action="store_true", help="plain lines instead of a bar")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
     arguments = parser.parse_intermixed_args(argv)  # settings may stand before and after the flags
     if arguments.quiet:
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = argv[0], argv[1:]
     if name in STAGES:
         module = importlib.import_module(f"stages.{name}")
-        return run_stage(module.main, module.__doc__, rest)
+        return run_stage(module.main, module.__doc__, rest, f"rlhf {name}")
     if name in TOOLS:
         return importlib.import_module("rlhf.data.check" if name == "data" else f"rlhf.{name}").main(rest)
     print(f"error: rlhf {name}: no such command; wanted one of {', '.join((*STAGES, *TOOLS))}", file=sys.stderr)

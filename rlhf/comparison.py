@@ -381,8 +381,9 @@ def caveats(summary: dict) -> list[str]:
         found.append(f"{name} repeats itself: distinct-2 is {a['distinct_2']:.2f}, {other}'s is {b['distinct_2']:.2f}.")
     if a["kl_mean"] is not None and a["kl_mean"] > MAX_KL_NATS:
         found.append(f"{name} has moved far from SFT: KL {a['kl_mean']:.1f} nats is above {MAX_KL_NATS:.0f}.")
-    if None not in (a["gold_mean"], b["gold_mean"]) and a["proxy_mean"] > b["proxy_mean"] and a["gold_mean"] < b["gold_mean"]:
-        found.append(f"The reward rose while the gold score fell ({b['gold_mean']:.2f} to {a['gold_mean']:.2f}): reward over-optimisation.")
+    lost = summary["judge"] == "gold" and row["ci95"][1] < 0.5  # shown, not a fall of the mean alone
+    if lost and a["proxy_mean"] > b["proxy_mean"] and a["gold_mean"] < b["gold_mean"]:
+        found.append(f"The reward rose while the gold score fell ({b['gold_mean']:.3f} to {a['gold_mean']:.3f}): reward over-optimisation.")
     return found + _judge_caveats(summary) + _cooled_caveats(summary) + _sanity_caveats(summary)
 
 

@@ -45,7 +45,7 @@ PANELS = (
 # Key of a policy in summary.json, heading, digits, and what the figure means.
 COLUMNS = (
     ("gold_mean", "Gold score", 3, "the score by the known rubric, which no stage was trained on; mean over prompts"),
-    ("proxy_mean", "Reward", 2, "the score by the run's reward model (the proxy), 0 and 1 being SFT's mean and spread"),
+    ("proxy_mean", "Reward", 2, "the score by the run's reward model (the proxy), 0 and 1 being SFT's mean and spread on training prompts"),
     ("judge_mean", "Judge", 2, "the score by the judge that decides the wins; mean over prompts"),
     ("kl_mean", "KL to SFT", 2, "how far the policy has moved from SFT, in nats per completion; log n - (n-1)/n for best of n"),
     ("length_mean", "Length", 1, "tokens per answer, mean"),

@@ -96,6 +96,11 @@ class MixScorer:
         return scores_SB.sum(0)
 
 
+def is_function(name: str) -> bool:
+    """True for module:function, false for a folder or hub id."""
+    return ":" in name and not Path(name).is_dir()
+
+
 def _imported(name: str, named: str) -> Callable:
     """The function at `name` (module:function), `named` in messages. Raises InputError when there is none."""
     module, colon, function = name.partition(":")
@@ -187,7 +192,7 @@ def with_mix(scorer: Scorer, mix: dict[str, float], attention: str, device, trus
     """
     sources = [(1.0, scorer)]
     for name, weight in mix.items():
-        is_callable = ":" in name and not Path(name).is_dir()
+        is_callable = is_function(name)
         try:
             source = (CallableScorer(name, "ppo.mix") if is_callable else
                       load_scorer([Path(name)], "mean", 0.0, attention, device, trust_remote_code))

@@ -29,7 +29,7 @@ from rlhf.prompts import Prompt, gold_scores, load_prompts
 from rlhf.report import write_report
 from rlhf.runs import open_stage, source_commit, versions
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import CallableJudge, Scorer, load_scorer, member_folders
+from rlhf.scoring import CallableJudge, Scorer, is_function, load_scorer, member_folders
 from rlhf.workers import workers_for
 
 BEST_OF = re.compile(r"best_of_([1-9]\d*)")
@@ -178,7 +178,7 @@ def _judge(config: Config, accelerator, attention, encoder, prompts, answers) ->
         if not has_gold:
             raise InputError("compare.judge=gold: these prompts are not of the embedded world, so no gold score exists; use judge, proxy or a folder")
         return "gold", gold, None
-    if ":" in wanted and not Path(wanted).is_dir():
+    if is_function(wanted):
         pair_judge = CallableJudge(wanted)
         # Asked by the process that writes alone: it may be somebody's paid service
         return wanted, _against_one(pair_judge, prompts, answers) if accelerator.is_main_process else {}, pair_judge

@@ -234,6 +234,15 @@ def test_flash_attention_without_a_gpu_is_refused(ends, tmp_path):
     assert "model.attention=flash_attention_2: found cpu" in ends(2, "pretrain", *words)
 
 
+@pytest.mark.parametrize(("setting", "says"), [
+    ("compare.policies=[sft,pppo]", "compare.policies: found 'pppo'"), ("compare.judge=no_such_module:f", "no_such_module"),
+    ("compare.judge=judge", "data.judge_fraction=0"), ("ppo.score=no_such_module:f", "no_such_module"),
+    ("ppo.mix={no_such_module:f: 0.5}", "no_such_module")])
+def test_what_the_last_stages_would_refuse_is_refused_before_the_first(ends, tmp_path, setting, says):
+    assert says in ends(2, "pipeline", *SMALL, f"run.dir={tmp_path / 'run'}", setting)
+    assert not (tmp_path / "run").exists()
+
+
 # Places that cannot be written, and runs that are busy
 
 def test_a_run_dir_that_is_a_file_is_named(ends, tmp_path):

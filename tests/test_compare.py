@@ -125,6 +125,17 @@ def test_a_judge_that_nothing_was_measured_of_has_no_such_line(run):
     assert compared(run, judge="proxy")[0]["judge_held_out"] is None
 
 
+def test_best_of_n_is_the_answer_with_the_highest_reward_of_n_different_ones(run):
+    """The first of the four draws is that of best_of_1 at the same place among the policies."""
+    def rewards(name):
+        _, samples, _ = compared(run, policies=["sft", name])
+        shutil.rmtree(run / "compare")
+        return [row["answers"][name]["proxy"] for row in samples]
+
+    one, four = rewards("best_of_1"), rewards("best_of_4")
+    assert all(b >= a for a, b in zip(one, four, strict=True)) and sum(b > a for a, b in zip(one, four, strict=True)) > len(one) / 3
+
+
 def test_a_best_of_none_and_no_policies_at_all_are_refused(run):
     with pytest.raises(InputError, match="best_of_0"):
         compared(run, policies=["sft", "best_of_0"])

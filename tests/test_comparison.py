@@ -342,7 +342,6 @@ def test_E2_a_judge_that_trained_the_policy_is_said_first():
         ({"eos_rate": 0.95}, "PPO ends only 95.0 % of its answers by itself (SFT 100.0 %)"),
         ({"distinct_2": 0.39}, "repeats itself"),
         ({"kl_mean": 30.0}, "KL 30.0 nats is above 25"),
-        ({"gold_mean": 0.4}, "over-optimisation"),
         ({"controlled": 0.49}, "At equal length the win rate is 0.49"),
     ],
 )
@@ -350,6 +349,13 @@ def test_each_mark_of_cheating_has_its_caveat(changed, words):
     found = caveats(summary_of(0.74, 0.71, 0.77, **changed))
     assert len(found) == 1
     assert words in found[0]
+
+
+@pytest.mark.parametrize(("rate", "low", "high", "gold", "said"),
+                         [(0.4, 0.36, 0.44, 0.4, True), (0.48, 0.45, 0.51, 0.4, False), (0.4, 0.36, 0.44, 0.6, False)])
+def test_over_optimisation_is_said_only_where_the_loss_by_gold_is_shown(rate, low, high, gold, said):
+    found = caveats(summary_of(rate, low, high, gold_mean=gold))
+    assert any("over-optimisation" in text for text in found) == said
 
 
 def test_E5_a_sanity_row_that_fails_is_said():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.config import load_config
 from rlhf.jsonl import read_jsonl
+from rlhf.learner import Learner
 from rlhf.runs import file_digest
 from stages import pipeline
 
@@ -20,10 +21,20 @@ TINY = "configs/tiny.yaml"
 STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare")
 
 
+ROLLED: list[tuple[bool, set[str]]] = []  # of every rollout of the fixture's run: whether it was an evaluation, and its prompts' ids
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    pipeline.main(load_config(TINY, [f"run.dir={folder}"]))
+    folder, plain = tmp_path_factory.mktemp("runs") / "tiny", Learner.roll
+
+    def watched(learner, rows, kl_coef, *seeds):
+        ROLLED.append((seeds == (0, 0), {row.id for row in rows}))
+        return plain(learner, rows, kl_coef, *seeds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "roll", watched)
+        pipeline.main(load_config(TINY, [f"run.dir={folder}"]))
     return folder
 
 
@@ -77,6 +88,20 @@ def test_splits_are_disjoint_by_prompt_in_every_file(run):
     assert not ids["train"] & ids["test"] and not ids["train"] & ids["eval"] and not ids["eval"] & ids["test"]
     ranked = {split: {row["id"] for row in read_jsonl(run / "data" / "preferences" / f"{split}.jsonl")} for split in ("train", "eval")}
     assert ranked["train"] <= ids["train"] and ranked["eval"] <= ids["eval"]
+
+
+def test_ppo_learns_from_training_prompts_and_is_evaluated_on_those_held_out(run):
+    ids = {split: {row["id"] for row in read_jsonl(run / "data" / "prompts" / f"{split}.jsonl")} for split in ("train", "eval")}
+    assert {evaluation for evaluation, _ in ROLLED} == {True, False}
+    assert all(rolled <= ids["eval" if evaluation else "train"] for evaluation, rolled in ROLLED)
+
+
+def test_raters_prefer_what_the_gold_score_prefers(run):
+    """Noise turns round fewer than a third of the pairs whose gold scores differ."""
+    rows = list(read_jsonl(run / "data" / "preferences" / "train.jsonl"))
+    pairs = [(row["ranks"][i] - row["ranks"][j], row["gold"][i] - row["gold"][j]) for row in rows for i in range(len(row["ranks"])) for j in range(i)]
+    right = [rank * gold < 0 for rank, gold in pairs if rank and gold]
+    assert len(right) > 100 and sum(right) > 2 / 3 * len(right)
 
 
 def test_rollouts_are_kept_as_text(run):

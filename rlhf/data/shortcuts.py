@@ -79,8 +79,10 @@ def bag_of_words(pairs: Sequence[Pair]) -> BagOfWords | None:
         weights = _fit([rows[place] for place in range(len(rows)) if fold_P[place] != fold], len(words))
         if held:
             margin_P[held] = _margins([rows[place] for place in held], weights).double()
-    order = _fit(rows, len(words)).argsort().tolist()
-    good, bad = [words[place] for place in order[::-1][:TOP_WORDS]], [words[place] for place in order[:TOP_WORDS]]
+    weights = _fit(rows, len(words))
+    order = weights.argsort().tolist()
+    good = [words[place] for place in order[::-1][:TOP_WORDS] if weights[place] > 0]
+    bad = [words[place] for place in order[:TOP_WORDS] if weights[place] < 0]
     return BagOfWords(accuracy(margin_P.tolist(), [pair.prompt for pair in pairs]), good, bad)
 
 

@@ -53,7 +53,7 @@ class Data:
     text: list[str] = setting([], "files or hub ids for pretraining; empty: the demonstrations, or the embedded world")
     demonstrations: list[str] = setting([], "files or hub ids for SFT; empty: the best answers of the preferences, or the embedded world")
     preferences: list[str] = setting([], "files or hub ids for the reward model; empty: `collect` samples and ranks answers of the SFT model")
-    prompts: list[str] = setting([], "files or hub ids for PPO and compare; empty: prompts of the preferences or demonstrations, or the embedded world")
+    prompts: list[str] = setting([], "files or hub ids for PPO and compare; empty: those of preferences or demonstrations, or of the embedded world")
     mapping: dict[str, str] = setting({}, "canonical field -> column of your files, where the schema is not recognised")
     max_prompt_tokens: int = setting(96, "tokens; rows with a longer prompt are dropped and counted")
     max_completion_tokens: int = setting(64, "tokens with the end token; rows with a longer completion are dropped and counted")

@@ -130,7 +130,8 @@ def _is_plain_gpt2(model) -> bool:
 
 def _gpt2_logits(model: GPT2LMHeadModel, ids_B, positions_B, seen_BT, layers: list[BufferLayer]) -> torch.Tensor:
     """GPT-2 for one token a row, by its own layers, with dropout off (CANON B1, B4). What `transformers` does around them for models of all kinds
-    (masks, views, checks) took a quarter of the quickstart's sampling (configs/EXPERIMENTS.md, "A PPO step timed"); the arithmetic is the same."""
+    (masks, views, checks) took a fifth to a quarter of the quickstart's sampling (configs/EXPERIMENTS.md, "A PPO step timed"); the
+    arithmetic is the same."""
     gpt, hidden_B11T = model.transformer, ~seen_BT[:, None, None]
     x_BW = gpt.wte(ids_B) + gpt.wpe(positions_B)
     for block, layer in zip(gpt.h, layers, strict=True):

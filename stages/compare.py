@@ -32,7 +32,8 @@ from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableJudge, Scorer, is_function, load_scorer, member_folders
 from rlhf.workers import workers_for
 
-BEST_OF = re.compile(r"best_of_([1-9]\d*)")
+POLICIES = ("pretrained", "sft", "ppo", "ppo_last", "sft_again", "untrained")  # known by name; others are stages' folders
+BEST_OF, ROUND = re.compile(r"best_of_([1-9]\d*)"), re.compile(r"round_\d+/ppo")
 
 
 def main(config: Config) -> None:
@@ -88,6 +89,19 @@ def main(config: Config) -> None:
     say(f"compare: {verdict(summary)}")
     say(f"compare: the report is {(stage.folder / 'report.html').resolve()}")
     stage.finish(verdict=verdict(summary))
+
+
+def check_settings(config: Config) -> None:
+    """InputError for a policy or a judge that no stage of the run will make: the pipeline asks before the first of them."""
+    run, settings = Path(config.run.dir), config.compare
+    for name in settings.policies:
+        known = name in POLICIES or any(pattern.fullmatch(name) for pattern in (BEST_OF, COOLED, ROUND))
+        if not (known or (run / name / "model").is_dir()):
+            raise InputError(f"compare.policies: found {name!r}, wanted some of {', '.join(POLICIES)}, best_of_N, sft_at_TEMPERATURE")
+    if is_function(settings.judge):
+        CallableJudge(settings.judge)
+    if settings.judge == "judge" and config.data.judge_fraction == 0 and not (run / "judge").is_dir():
+        raise InputError("compare.judge=judge: found data.judge_fraction=0, which makes no judge; wanted a share of the prompts for it, say 0.3")
 
 
 def _source(config: Config, name: str) -> str:

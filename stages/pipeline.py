@@ -7,25 +7,19 @@ pipeline.rounds > 1 (iterated RLHF, as InstructGPT did): each round but the last
 ranks answers of that policy too; the last reward model learns from all rankings, and the last PPO starts again from SFT.
 """
 
-import re
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 from rlhf.cli import run_stage
 from rlhf.compute import wait_for_everyone
 from rlhf.config import Config
-from rlhf.errors import InputError
 from rlhf.memory import give_back
 from rlhf.progress import say
 from rlhf.prompts import refuse_empty_parts
 from rlhf.runs import replace_section
-from rlhf.scoring import CallableJudge, CallableScorer, is_function
+from rlhf.scoring import CallableScorer, is_function
 from stages import collect, compare, ppo, prepare, pretrain, reward, sft
-
-POLICIES = ("pretrained", "sft", "ppo", "ppo_last", "sft_again", "untrained")  # that compare knows by name
-ROUND = re.compile(r"round_\d+/ppo")
 
 
 def main(config: Config) -> None:
@@ -49,19 +43,12 @@ def main(config: Config) -> None:
 
 def _check_last_stages(config: Config) -> None:
     """InputError for settings of the last stages that can be known to be wrong before the first one has taken its time."""
-    for name in config.compare.policies:
-        folder = Path(config.run.dir) / name / "model"
-        if not (name in POLICIES or compare.BEST_OF.fullmatch(name) or compare.COOLED.fullmatch(name) or ROUND.fullmatch(name) or folder.is_dir()):
-            raise InputError(f"compare.policies: found {name!r}, wanted some of {', '.join(POLICIES)}, best_of_N, sft_at_TEMPERATURE")
     if config.ppo.score:
         CallableScorer(config.ppo.score)
     for name in config.ppo.mix:
         if is_function(name):
             CallableScorer(name, "ppo.mix")
-    if is_function(config.compare.judge):
-        CallableJudge(config.compare.judge)
-    if config.compare.judge == "judge" and config.data.judge_fraction == 0 and not (Path(config.run.dir) / "judge").is_dir():
-        raise InputError("compare.judge=judge: found data.judge_fraction=0, which makes no judge; wanted a share of the prompts for it, say 0.3")
+    compare.check_settings(config)
 
 
 def _timed(name: str, action) -> None:

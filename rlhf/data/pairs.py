@@ -215,15 +215,15 @@ def read_pandalm(row: dict) -> Iterator[Example]:
     yield judged(column_prompt(row), row.get("response1"), row.get("response2"), lambda: (majority(list(votes)), None))
 
 
-def zeros_and_ones(column: str, numbered: tuple[str, str], rows: list[dict]) -> str | None:
+def zeros_and_ones(column: str, rows: list[dict]) -> str | None:
     """What is wrong with a file whose first rows have the verdicts 0 and 1 where its schema has 1 and 2, None if nothing is: half of its pairs would
     be lost and the others read the wrong way round."""
     codes = Counter(str(row.get(column)).strip().removesuffix(".0") for row in rows if row.get(column) is not None)
     if set(codes) != {"0", "1"} or min(codes.values()) < 2:
         return None
-    prompt, (first, second) = first_of(rows[0], (*PROMPT_COLUMNS, "input")), numbered
+    prompt = first_of(rows[0], (*PROMPT_COLUMNS, "input"))
     return (f"`{column}` is 0 or 1, wanted 1 (the first answer is better) or 2. If 0 names the first answer, say so in the mapping: "
-            f"{{prompt: {prompt}, response_0: {first}, response_1: {second}, better_response_id: {column}}}")
+            f"{{prompt: {prompt}, response_0: output_1, response_1: output_2, better_response_id: {column}}}")
 
 
 def is_llmbar(row: dict) -> bool:

@@ -34,7 +34,7 @@ ALARMS = (
     Alarm("kl", lambda now, first: now["kl"] > 25.0,
           "the policy is far from the SFT model (KL {kl:.0f} nats a completion)", "raise ppo.kl_coef, or set ppo.kl_target"),
     Alarm("length_mean", lambda now, first: not 0.5 <= now["length_mean"] / first["length_mean"] <= 2.0,
-          "the length runs away ({length_mean:.0f} tokens on average)", "raise ppo.kl_coef; the reward model may like length for its own sake"),
+          "the length runs away ({length_mean:.0f} tokens on average)", "raise ppo.kl_coef; scores may follow the length itself, or the missing EOS"),
     Alarm("skipped_steps", lambda now, first: now["skipped_steps"] > 0,
           "{skipped_steps} optimizer steps had no finite gradient and were left out", "lower ppo.lr; look at the rollout's prompts and scores"),
 )

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from rlhf.compute import peak_memory_mb
-from rlhf.value import scaled_head
 
 ROLLOUT_ROWS = 64  # rows that TRL samples and evaluates at once: its default
 
@@ -83,7 +82,12 @@ def new_trainer(work: dict, folder: str, turns: Turns) -> PPOTrainer:
 def scorer(work: dict):
     """The reward model with its normalisation folded into the head, so that both sides learn from the same scores."""
     model = AutoModelForSequenceClassification.from_pretrained(work["reward"], num_labels=1, dtype=torch.float32)
-    model.score = scaled_head(model)
+    gain, bias = getattr(model.config, "reward_gain", 1.0), getattr(model.config, "reward_bias", 0.0)
+    head = torch.nn.Linear(model.score.in_features, 1)
+    with torch.no_grad():
+        head.weight.copy_(model.score.weight * gain)
+        head.bias.fill_(bias + (0.0 if model.score.bias is None else gain * model.score.bias.item()))
+    model.score = head
     return model
 
 

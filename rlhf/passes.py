@@ -108,11 +108,12 @@ def _picked(states_BTX: torch.Tensor, places_N: torch.Tensor, step: int = PICKED
 
 
 class ValueModel(nn.Module):
-    """A value per token: a trunk and a linear head. `trunk` None: the hidden states of the policy are used (CANON P6)."""
+    """A value per token: a trunk, a linear head and an offset. `trunk` None: the hidden states of the policy are used (CANON P6)."""
 
     def __init__(self, trunk: nn.Module | None, head: nn.Linear):
         super().__init__()
         self.trunk, self.head = trunk, head
+        self.register_buffer("offset", torch.zeros(()))
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """values_BC in fp32, 0 on padding: what the rest of the episode is worth before each completion token."""
@@ -120,7 +121,7 @@ class ValueModel(nn.Module):
 
     def of_hidden(self, hidden_BTD, rows: Rows) -> torch.Tensor:
         """The same from hidden states that are already there."""
-        return rows.spread(self.head(_picked(hidden_BTD, rows.before_N))[: len(rows.before_N), 0].float())
+        return rows.spread(self.head(_picked(hidden_BTD, rows.before_N))[: len(rows.before_N), 0].float() + self.offset)
 
 
 class PolicyAndValue(nn.Module):

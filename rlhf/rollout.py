@@ -93,9 +93,23 @@ def make_rollout(accelerator, prompts, completions, scores_B, tokens: list[tuple
     rewards_BC = token_rewards(scores_B, old_BC, ref_BC, mask_BC, kl_coef, likelihood_coef)
     if whiten_rewards:
         rewards_BC = whiten(rewards_BC, mask_BC, moments(rewards_BC, mask_BC), shift_mean=False)
-    advantages_BC, returns_BC = gae(rewards_BC, values_BC, mask_BC, gamma, lam)
-    advantages_BC = whiten(advantages_BC, mask_BC, moments(advantages_BC, mask_BC))
+    advantages_BC, returns_BC = _advantages(rewards_BC, values_BC, mask_BC, gamma, lam)
     return Rollout(prompts, completions, mask_BC, old_BC, ref_BC, entropy_BC, values_BC, scores_B, rewards_BC, advantages_BC, returns_BC)
+
+
+def _advantages(rewards_BC, values_BC, mask_BC, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(whitened advantages, returns)"""
+    advantages_BC, returns_BC = gae(rewards_BC, values_BC, mask_BC, gamma, lam)
+    return whiten(advantages_BC, mask_BC, moments(advantages_BC, mask_BC)), returns_BC
+
+
+def rise_to_returns(rollout: Rollout, gamma: float, lam: float) -> tuple[Rollout, float]:
+    """The rollout as if its values had been higher by what they lack, on average, of the rewards that followed; and by how much."""
+    returns_BC = gae(rollout.rewards_BC, torch.zeros_like(rollout.values_BC), rollout.mask_BC, gamma, 1.0)[1]
+    offset = masked_mean(returns_BC - rollout.values_BC, rollout.mask_BC).item()
+    values_BC = torch.where(rollout.mask_BC, rollout.values_BC + offset, 0.0)
+    advantages_BC, returns_BC = _advantages(rollout.rewards_BC, values_BC, rollout.mask_BC, gamma, lam)
+    return dataclasses.replace(rollout, values_BC=values_BC, advantages_BC=advantages_BC, returns_BC=returns_BC), offset
 
 
 def reference(ref_policy, policy, temperature: float, autocast):

@@ -12,18 +12,21 @@ from rlhf.passes import PolicyAndValue, ValueModel
 
 
 def new_value_model(kind: str, policy, encoder: Encoder, reward_folders: list[Path], sft: Path, attention: str, model_settings) -> ValueModel:
-    """A ValueModel. `separate`: started from the (first) reward model, its head scaled to normalised scores (IG, N+ 22); from the SFT trunk
-    with a head at zero where the reward model reads other tokens or is none. `shared`: a head at zero on the policy's trunk (LHP)."""
-    width = policy.config.get_text_config().hidden_size
+    """A ValueModel whose head is 0. `separate`: on the trunk of the (first) reward model (IG, N+ 22), or of the SFT model where the reward model
+    reads other tokens or is none. `shared`: on the policy's own trunk (LHP)."""
+    head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     if kind == "shared":
-        return ValueModel(None, _zero_head(width))
+        return ValueModel(None, head)
     lora, trust = (model_settings.lora_rank, model_settings.lora_alpha), model_settings.trust_remote_code
     if reward_folders and load_encoder(str(reward_folders[0]), trust).fingerprint() == encoder.fingerprint():
         reward_model = load_reward_model(str(reward_folders[0]), encoder, attention, trust)
         if hasattr(reward_model, "score"):
-            head = scaled_head(reward_model)
+            # DEPARTS: IG and N+ keep its head too. That has read finished answers alone, and what it says of unfinished ones is mostly noise:
+            # its mean was 3.6 off, which taught the policy to end at once (configs/EXPERIMENTS.md)
             return ValueModel(_trunk(add_lora(reward_model, *lora, "SEQ_CLS")), head)
-    return ValueModel(_trunk(add_lora(load_policy(str(sft), encoder, attention, trust), *lora, "CAUSAL_LM")), _zero_head(width))
+    return ValueModel(_trunk(add_lora(load_policy(str(sft), encoder, attention, trust), *lora, "CAUSAL_LM")), head)
 
 
 def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float, last_norm_lr: float | None = None) -> torch.optim.AdamW:
@@ -47,20 +50,3 @@ def ppo_optimizer(model: PolicyAndValue, lr: float, value_lr: float, last_norm_l
 
 def _trunk(model) -> nn.Module:
     return unwrapped(model).base_model
-
-
-def _zero_head(width: int) -> nn.Linear:
-    head = nn.Linear(width, 1)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def scaled_head(reward_model) -> nn.Linear:
-    """The reward model's head with normalisation folded in: it starts out predicting the scores that PPO gets."""
-    gain, bias = getattr(reward_model.config, "reward_gain", 1.0), getattr(reward_model.config, "reward_bias", 0.0)
-    head = nn.Linear(reward_model.score.in_features, 1)
-    with torch.no_grad():
-        head.weight.copy_(reward_model.score.weight * gain)
-        head.bias.fill_(bias + (0.0 if reward_model.score.bias is None else gain * reward_model.score.bias.item()))
-    return head

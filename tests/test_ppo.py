@@ -6,6 +6,7 @@ written out twice.
 
 import dataclasses
 import math
+import shutil
 import subprocess
 import sys
 import types
@@ -16,15 +17,15 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 import rlhf.ppo
 from rlhf.checkpoints import finished_checkpoints, load_checkpoint, save_checkpoint
-from rlhf.config import Config
+from rlhf.config import Config, load_config
 from rlhf.errors import TrainingStopped
-from rlhf.learner import check_finite
+from rlhf.learner import Learner, check_finite
 from rlhf.models import last_norm_gain, load_encoder, load_policy, load_reward_model, save_model
 from rlhf.optimizers import linear_lr, set_lr
 from rlhf.passes import make_rows
 from rlhf.paths import PACKAGE
 from rlhf.ppo import MovingAverage, update
-from rlhf.prompts import prompts_of_step
+from rlhf.prompts import Prompt, prompts_of_step
 from rlhf.value import new_value_model, ppo_optimizer
 from rlhf.workers import Workers
 from stages import ppo as stage
@@ -572,30 +573,39 @@ def folders(tmp_path):
     return sft, reward
 
 
-def test_P6_a_separate_value_model_starts_out_as_the_normalised_reward_model(folders):
-    sft, reward = folders
-    encoder = load_encoder(str(sft))
-    policy = load_policy(str(sft), encoder, "eager")
-    value_model = new_value_model("separate", policy, encoder, [reward], sft, "eager", model_settings()).eval()
-    ids = PROMPTS[1] + [40, ENCODER.eos_id]
-    rows = make_rows([ids], [[41]], PAD, "cpu")  # the value before the token after EOS is read at EOS
-    with torch.no_grad():
-        raw = load_reward_model(str(reward), encoder, "eager").eval()(input_ids=torch.tensor([ids])).logits.item()
-        assert value_model(rows).item() == pytest.approx(0.5 * raw - 2.0, abs=1e-5)
-    assert not set(map(id, value_model.parameters())) & set(map(id, policy.parameters()))
-
-
-@pytest.mark.parametrize(("kind", "with_reward"), [("shared", True), ("separate", False)])
-def test_P6_a_shared_head_and_one_without_a_reward_model_start_at_0(folders, kind, with_reward):
+@pytest.mark.parametrize(("kind", "with_reward"), [("separate", True), ("separate", False), ("shared", True)])
+def test_P6_where_the_value_model_starts(folders, kind, with_reward):
     sft, reward = folders
     encoder = load_encoder(str(sft))
     policy = load_policy(str(sft), encoder, "eager")
     value_model = new_value_model(kind, policy, encoder, [reward] if with_reward else [], sft, "eager", model_settings())
+    assert value_model.head.weight.eq(0).all() and value_model.head.bias.eq(0).all() and value_model.offset == 0
     assert (value_model.trunk is None) == (kind == "shared")
-    assert value_model.head.weight.eq(0).all() and value_model.head.bias.eq(0).all()
     if kind == "separate":
-        hidden = policy.base_model(input_ids=torch.tensor(PROMPTS[:1])).last_hidden_state
-        torch.testing.assert_close(value_model.trunk(input_ids=torch.tensor(PROMPTS[:1])).last_hidden_state, hidden)
+        source = load_reward_model(str(reward), encoder, "eager") if with_reward else policy
+        hidden, started = (trunk(input_ids=torch.tensor(PROMPTS[:1])).last_hidden_state for trunk in (source.base_model, value_model.trunk))
+        assert torch.equal(started, hidden)
+        assert not set(map(id, value_model.parameters())) & set(map(id, policy.parameters()))
+
+
+def test_P6_the_first_rollout_puts_the_values_where_its_returns_are(folders, tmp_path):
+    """Unlike the scores of a reward model, a function's are not about 0; later rollouts leave it at that."""
+    for folder in folders:
+        shutil.copytree(folder, tmp_path / "run" / folder.name / "model")
+    config = load_config("configs/tiny.yaml", [
+        f"run.dir={tmp_path / 'run'}", "run.precision=fp32", "data.max_completion_tokens=6", "ppo.score=tests.test_ppo:seven",
+        "ppo.missing_eos_score=7", "ppo.likelihood_coef=0", "ppo.last_norm_lr=null", "ppo.lr=1e-9", "ppo.value_lr=1e-9"])
+    encoder = load_encoder(str(folders[0]))
+    learner = Learner(config, cpu(), encoder)
+    rows = [Prompt([{"role": "user", "content": "Hi"}], ids, str(i), None) for i, ids in enumerate(PROMPTS[:4])]
+    for step, expected in ((0, 0.0), (1, 7.0), (2, 7.0)):
+        rollout = learner.roll(rows, 0.0, 1, step)
+        assert rollout.values_BC[rollout.mask_BC].tolist() == pytest.approx([expected] * int(rollout.mask_BC.sum()), abs=1e-4)
+        learner.learn(rollout, step)
+
+
+def seven(prompts, completions):
+    return [7.0] * len(completions)
 
 
 # Which prompts a rollout gets

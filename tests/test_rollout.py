@@ -10,7 +10,7 @@ from rlhf.compute import my_share
 from rlhf.errors import InputError
 from rlhf.models import add_lora
 from rlhf.passes import make_rows, policy_pass
-from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference
+from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference, rise_to_returns
 from tests.helpers import collect, cpu, naive_logprobs, nano, policy_and_value, snapshot, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -47,20 +47,33 @@ def test_S3_P1_P2_a_rollout_by_hand():
     # row 0: deltas -0.05 + 0.4 - 0.2 = 0.15 and 1.05 - 0.4 = 0.65; row 1: -0.3, -0.1 - 0.6 + 0.3 = -0.4, -1 + 0.6 = -0.4
     raw = [[0.15 + 0.5 * 0.65, 0.65], [-0.3 + 0.5 * (-0.4 + 0.5 * -0.4), -0.4 + 0.5 * -0.4, -0.4]]
     assert rollout.returns_BC.tolist() == near([[raw[0][0] + 0.2, raw[0][1] + 0.4, 0.0], [raw[1][0], raw[1][1] - 0.3, raw[1][2] - 0.6]])
-    flat = raw[0] + raw[1]
-    mean = sum(flat) / 5
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in flat) / 5)
-    expected = [[(x - mean) / deviation for x in row] for row in raw]
-    assert rollout.advantages_BC.tolist() == near([[*expected[0], 0.0], expected[1]])
+    white = whitened(raw[0] + raw[1])
+    assert rollout.advantages_BC.tolist() == near([[*white[:2], 0.0], white[2:]])
+
+
+def test_P6_values_rise_by_what_they_lack_of_the_rewards_that_followed_by_hand():
+    rollout, offset = rise_to_returns(hand_rollout(), gamma=1.0, lam=0.5)
+    lacks = [1.0 - 0.2, 1.05 - 0.4, -1.1 - 0.0, -1.1 + 0.3, -1.0 + 0.6]  # rewards to the end, less values; no value stands in for a reward
+    assert offset == pytest.approx(sum(lacks) / 5) == pytest.approx(-0.17)
+    assert rollout.values_BC.tolist() == near([[0.03, 0.23, 0.0], [-0.17, -0.47, -0.77]])
+    # row 0: deltas -0.05 + 0.23 - 0.03 = 0.15 and 1.05 - 0.23 = 0.82; row 1: -0.47 + 0.17 = -0.3, -0.1 - 0.77 + 0.47 = -0.4, -1 + 0.77 = -0.23
+    raw = [[0.15 + 0.5 * 0.82, 0.82], [-0.3 + 0.5 * (-0.4 + 0.5 * -0.23), -0.4 + 0.5 * -0.23, -0.23]]
+    assert rollout.returns_BC.tolist() == near([[raw[0][0] + 0.03, raw[0][1] + 0.23, 0.0], [raw[1][0] - 0.17, raw[1][1] - 0.47, raw[1][2] - 0.77]])
+    white = whitened(raw[0] + raw[1])
+    assert rollout.advantages_BC.tolist() == near([[*white[:2], 0.0], white[2:]])
+
+
+def whitened(numbers):
+    mean = sum(numbers) / len(numbers)
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in numbers) / len(numbers))
+    return [(x - mean) / deviation for x in numbers]
 
 
 def test_P2_rewards_are_whitened_only_when_asked_and_keep_their_mean():
     plain, white = hand_rollout().rewards_BC, hand_rollout(whiten_rewards=True).rewards_BC
     flat, real = [-0.05, 1.05, 0.0, -0.1, -1.0], white[hand_rollout().mask_BC].tolist()
     assert plain[hand_rollout().mask_BC].tolist() == pytest.approx(flat, abs=1e-6)
-    mean = sum(flat) / 5
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in flat) / 5)
-    assert real == pytest.approx([(x - mean) / deviation + mean for x in flat], abs=1e-5)
+    assert real == pytest.approx([x + sum(flat) / 5 for x in whitened(flat)], abs=1e-5)
 
 
 def test_S3_a_rollout_rewards_likelihood_when_asked():

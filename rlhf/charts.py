@@ -20,7 +20,7 @@ INK = "ink"  # text, axes and grid: the page's own text colour
 SLOTS = (INK, "pretrained", "sft", "best-of", "ppo", "extra-1", "extra-2", "extra-3")
 KNOWN_SLOTS = {"pretrained": "pretrained", "sft": "sft", "ppo": "ppo", "ppo_last": "extra-1"}
 
-WIDTH, HEIGHT = 3.4, 2.1  # inches; small, so that 8-point text stays legible where a phone shows the whole chart
+WIDTH, HEIGHT = 3.4, 2.1  # inches, the width of every chart; small, so that 8-point text stays legible where a phone shows the whole chart
 STYLE = {
     "svg.fonttype": "none",  # text stays text: searchable, and Chinese needs no font here
     "svg.hashsalt": "rlhf",
@@ -42,7 +42,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: points in drawing order, the colour slot, and whether single points are marked (few, held-out figures)."""
+    """One line of a chart: points in drawing order, the colour slot, and whether its points are marked (few, held-out figures)."""
 
     label: str
     xs: Sequence[float]
@@ -76,7 +76,9 @@ def line_chart(name: str, title: str, series: Sequence[Series], xlabel: str = "s
 
 def _draw_line(axes, line: Series) -> None:
     color = _colour(line.slot)
-    if line.marked:
+    if len(line.ys) == 1:
+        axes.plot(line.xs, line.ys, color=color, label=line.label, linestyle="", marker="o", markersize=5)
+    elif line.marked:
         axes.plot(line.xs, line.ys, color=color, label=line.label, linewidth=1.6, marker="o", markersize=3)
     elif len(line.ys) < 60:
         axes.plot(line.xs, line.ys, color=color, label=line.label, linewidth=1.6)
@@ -131,18 +133,18 @@ def over_optimisation(
 ) -> str:
     """Proxy reward above, gold score below, both against the square root of KL along training (Gao et al. 2022, figure 1).
 
-    Points are joined in the order of training and the end is dotted. marks: (label, sqrt(KL), proxy, gold, slot) of other policies.
+    Points are joined in the order of training, and a large dot ends them. marks: (label, sqrt(KL), proxy, gold, slot) of other policies.
     """
     with _page_style():
-        figure = Figure(figsize=(WIDTH * 1.35, HEIGHT * 1.7), layout="constrained")
+        figure = Figure(figsize=(WIDTH, HEIGHT * 1.7), layout="constrained")
         rows = figure.subplots(2, sharex=True)
         for axes, line, height in zip(rows, (proxy, gold), (2, 3), strict=True):
-            axes.plot(line.xs, line.ys, color=_colour(line.slot), linewidth=1.4, marker="o", markersize=2)
-            axes.plot(line.xs[-1:], line.ys[-1:], color=_colour(line.slot), marker="o", markersize=6, label="PPO, training")
+            axes.plot(line.xs, line.ys, color=_colour(line.slot), linewidth=1.4, marker="o", markersize=2, label="PPO along training")
+            axes.plot(line.xs[-1:], line.ys[-1:], color=_colour(line.slot), marker="o", markersize=6)
             for mark in marks:
                 axes.plot([mark[1]], [mark[height]], linestyle="", marker="D", markersize=5, color=_colour(mark[4]), label=mark[0])
             axes.set_ylabel(line.label)
-        rows[0].legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=5, borderpad=0, handlelength=1.0, columnspacing=1.1)
+        figure.legend(*rows[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, borderpad=0, handlelength=1.0, columnspacing=1.1)
         rows[1].set_xlabel("√KL to SFT (KL in nats per completion)")
         return _svg(figure, name, title)
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from rlhf import charts
 from rlhf.alarms import history
-from rlhf.comparison import SANITY, caveats, headline, is_sanity, judge_on_pairs, label, length_ratio, main_comparison
+from rlhf.comparison import COOLED, SANITY, caveats, headline, is_sanity, judge_on_pairs, label, length_ratio, main_comparison
 
 HERE = Path(__file__).resolve().parent
 N_SAMPLES = 20
@@ -37,7 +37,7 @@ PANELS = (
     ("KL to SFT (nats per completion)", {"kl": ON_TRAINING, "eval_kl": HELD_OUT}, None),
     ("Entropy (nats per token)", {"entropy": ON_TRAINING}, None),
     ("Length (tokens)", {"length_mean": ON_TRAINING, "eval_length_mean": HELD_OUT}, None),
-    ("Answers that end by themselves", {"eos_rate": ON_TRAINING, "eval_eos_rate": HELD_OUT}, None),
+    ("Answers that end by themselves", {"eos_rate": ON_TRAINING}, None),
     ("Policy loss", {"policy_loss": ON_TRAINING}, None),
     ("Value loss", {"value_loss": ON_TRAINING}, None),
 )
@@ -53,6 +53,11 @@ COLUMNS = (
     ("distinct_2", "Distinct-2", 3, "different pairs of neighbouring words over all such pairs: low when a policy repeats itself"),
 )
 
+JUDGES = {
+    "gold": "the gold score, a rubric computed from the text",
+    "judge": "a reward model of its own, trained on prompts that stage 2 never saw",
+    "proxy": "the run's reward model",
+}
 
 IN_CONTEXT = ("Tasks of the embedded world with solved examples of the same kind in front. Right: the share of answers that are correct, whatever "
               "their form. Against SFT: difference of the gold score with as many examples; below zero it is what alignment costs.")
@@ -81,6 +86,7 @@ def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], t
     slots = charts.slots_of(list(summary["policies"]))
     real = {name: slot for name, slot in slots.items() if name not in SANITY}  # the others are there for one figure
     columns = _columns(summary)
+    drawn = {name: _by_rollouts_learned_from(rows) if name.startswith("ppo") else rows for name, rows in curves.items()}
     shown = [_sample(row, summary, real) for row in pick_samples(samples, summary)]
     return {
         "title": title,
@@ -91,11 +97,11 @@ def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], t
         "policies": _policy_rows(summary, columns, slots),
         "comparisons": [_comparison_row(row, slots) for row in summary["comparisons"]],
         "in_context": _in_context_rows(summary, slots),
-        "over_optimisation": _over_optimisation(summary, curves.get("ppo", []), slots),
+        "over_optimisation": _over_optimisation(summary, drawn.get("ppo", []), slots),
         "families": _family_rows(summary),
         "family_policies": [{"label": label(name), "slot": slots[name]} for name in ("sft", "ppo") if name in slots],
         "histograms": _histograms(summary, samples, real),
-        "stages": [stage for name, rows in curves.items() if (stage := _stage(name, rows))["charts"]],
+        "stages": [stage for name, rows in drawn.items() if (stage := _stage(name, rows))["charts"]],
         "samples": shown,
         "winners": sorted({sample["winner"] for sample in shown}),
         "sample_families": sorted({sample["family"] for sample in shown} - {""}),
@@ -206,35 +212,51 @@ def _finite(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def _by_rollouts_learned_from(rows: list[dict]) -> list[dict]:
+    """PPO's rows, each at the number of rollouts that its policy had learned from, so that one place on the axis is one policy.
+
+    A row is logged after its step: what was sampled in it, for training or to evaluate, came from the policy before that step. The closing
+    row has held-out figures alone, of the policy at the end.
+    """
+    moved = []
+    for row in rows:
+        closing = all(key.startswith("eval_") for key in row if key != "step")
+        moved.append(row if closing else row | {"step": row["step"] - 1})
+    return moved
+
+
 def _stage(name: str, rows: list[dict]) -> dict:
-    """A stage's charts: those panels of which it has at least two points. A later round (``ppo_2``) looks like the first."""
+    """A stage's charts: those panels that have a curve, of two points or more. A later round (``ppo_2``) looks like the first."""
     base, _, round_ = re.sub(r"[^A-Za-z0-9]+", "_", name).partition("_")
     title = STAGE_TITLES.get(base, name) + (f", round {round_}" if base in STAGE_TITLES and round_ else "")
+    axis = "rollouts learned from" if base == "ppo" else "step"
     found = []
     for number, (panel, keys, reference) in enumerate(PANELS):
-        points = {key: _figures(rows, key) for key in keys}
-        lines = [
-            charts.Series(how, *zip(*points[key], strict=True), charts.INK if how == HELD_OUT else STAGE_SLOTS.get(base, "extra-3"), how == HELD_OUT)
-            for key, how in keys.items()
-            if len(points[key]) > 1
-        ]
-        if lines:
-            svg = charts.line_chart(f"{base}{round_}-{number}", f"{title}: {panel} by training step", lines, reference=reference)
+        lines = [_line(how, points, STAGE_SLOTS.get(base, "extra-3")) for key, how in keys.items() if (points := _figures(rows, key))]
+        if any(len(line.xs) > 1 for line in lines):
+            svg = charts.line_chart(f"{base}{round_}-{number}", f"{title}: {panel} by {axis}", lines, axis, reference)
             found.append({"title": panel, "svg": Markup(svg)})
     return {"title": title, "charts": found, "figures": _ends(rows)}
+
+
+def _line(how: str, points: list[tuple[float, float]], slot: str) -> charts.Series:
+    """A curve; of a single point (a stage evaluated once) a marker, and its value in the legend."""
+    name = how if len(points) > 1 else f"{how}: {points[0][1]:.3f}"
+    return charts.Series(name, *zip(*points, strict=True), charts.INK if how == HELD_OUT else slot, how == HELD_OUT)
 
 
 def _ends(rows: list[dict]) -> list[dict]:
     """First and last value of every charted figure, for the document without pictures."""
     keys = [key for _, keys, _ in PANELS for key in keys]
-    ends = [(key, _figures(rows, key)) for key in keys]
-    return [{"name": key, "first": f"{points[0][1]:.4g}", "last": f"{points[-1][1]:.4g}"} for key, points in ends if len(points) > 1]
+    ends = [(key, [f"{value:.4g}" for _, value in _figures(rows, key)]) for key in keys]
+    return [{"name": key, "first": values[0] if len(values) > 1 else "–", "last": values[-1]} for key, values in ends if values]
 
 
 def _histograms(summary: dict, samples: list[dict], slots: dict[str, str]) -> list[dict]:
     labels = {name: label(name) for name in slots}
     found = []
-    for key, title in (("gold", "Gold score"), ("proxy", "Reward (proxy)"), ("length", "Length (tokens)")):
+    judge = () if summary["judge"] in ("gold", "proxy") else (("judge", "Judge"),)
+    for key, title in (("gold", "Gold score"), ("proxy", "Reward (proxy)"), *judge, ("length", "Length (tokens)")):
         values = {name: [row["answers"][name][key] for row in samples] for name in slots}
         values = {name: column for name, column in values.items() if column and all(map(_finite, column))}
         if values:
@@ -263,17 +285,17 @@ def _gao_curve(rows: list[dict], keys: tuple[str, str, str], prompts: str, marks
     title = "Reward and gold score against the square root of KL along PPO training"
     lines = [charts.Series("Reward (proxy)", distance, proxy, "ppo"), charts.Series("Gold score", distance, gold, "ppo")]
     best = max(range(len(gold)), key=gold.__getitem__)
-    peak = f"Gold was highest at step {rows[best]['step']} ({gold[best]:.2f}, KL {kl[best]:.1f} nats) and ended at {gold[-1]:.2f}."
+    peak = f"Gold was highest after {rows[best]['step']} rollouts ({gold[best]:.2f}, KL {kl[best]:.1f} nats) and ended at {gold[-1]:.2f}."
     return {"svg": Markup(charts.over_optimisation("over-optimisation", title, *lines, marks)), "prompts": prompts, "peak": peak}
 
 
 def _marks(summary: dict, slots: dict[str, str]) -> list[tuple[str, float, float, float, str]]:
+    """SFT, what is drawn from it, and PPO; the others may lie so far away that the curve would be a dot."""
     marks = []
     for name, figures in summary["policies"].items():
         values = [figures[key] for key in ("kl_mean", "proxy_mean", "gold_mean")]
-        if None not in values and (name in ("sft", "ppo") or name.startswith("best_of_")):
-            end = " at the end" if name == "ppo" else ""
-            marks.append((label(name) + end, math.sqrt(max(values[0], 0.0)), values[1], values[2], slots[name]))
+        if None not in values and (name in ("sft", "ppo") or name.startswith("best_of_") or COOLED.fullmatch(name)):
+            marks.append((label(name), math.sqrt(max(values[0], 0.0)), values[1], values[2], slots[name]))
     return marks
 
 
@@ -331,14 +353,16 @@ def _answer(name: str, answer: dict, slots: dict[str, str]) -> dict:
 
 
 def _method(summary: dict) -> list[str]:
-    judge = "the gold score, a rubric computed from the text" if summary["judge"] == "gold" else summary["judge"]
+    judge = JUDGES.get(summary["judge"], summary["judge"])
     independent = "PPO was trained on it." if summary.get("proxy_is_judge") else "No stage was trained on it."
     flips, held_out = summary.get("order_flips", 0), summary.get("judge_held_out")
     known = f" It {judge_on_pairs(held_out)}." if held_out else ""
+    proxy = summary.get("proxy_held_out")
     lines = [
         f"All policies answered the same {summary['n_prompts']} held-out prompts. The judge is {judge}. {independent}{known}",
+        *([f"The reward model {judge_on_pairs(proxy)}."] if proxy and proxy != held_out else []),
         "A win counts 1, a tie one half, a loss 0. The interval of their mean holds 95 % (Wilson's score interval, its variance lowered by ties).",
-        "It speaks of other prompts, not of other training seeds.",
+        "The interval speaks of other prompts, not of other training seeds.",
         "At equal length: a logistic regression of the outcome on the length difference, read at difference 0.",
         f"Both orders of presentation: {flips} verdicts changed with the order and count as ties."
         if flips

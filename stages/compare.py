@@ -78,10 +78,11 @@ def main(config: Config) -> None:
     rewards = {Path(source).resolve() for source in (*([] if config.ppo.score else folders), *config.ppo.mix)}
     is_proxy = not rewards.isdisjoint(folder.resolve() for folder in (folders if judge == "proxy" else [Path(judge)]))
     summary = summarise(samples, judge, settings.policies, proxy_is_judge=is_proxy, pair_judge=pair_judge)
-    summary["judge_held_out"] = _judge_held_out(run, judge) if pair_judge is None else None
+    summary["judge_held_out"] = _held_out(run, judge) if pair_judge is None else None
+    summary["proxy_held_out"] = _held_out(run, "proxy")
     if in_context:
         summary["in_context"] = summarise_in_context(in_context)
-    summary["run"] = {"config": config.run.dir, "seed": config.seed, "commit": source_commit(), "temperature": settings.temperature,
+    summary["run"] = {"folder": config.run.dir, "seed": config.seed, "commit": source_commit(), "temperature": settings.temperature,
                       "max_completion_tokens": config.data.max_completion_tokens, "versions": versions()}
     write_jsonl(stage.folder / "samples.jsonl", samples)
     write_json(stage.folder / "summary.json", summary)
@@ -206,8 +207,8 @@ def _judge(config: Config, accelerator, attention, encoder, prompts, answers) ->
         return wanted, {name: scorer(messages, [a["ids"] for a in rows], encoder).tolist() for name, rows in answers.items()}, None
 
 
-def _judge_held_out(run: Path, judge: str) -> dict | None:
-    """What a judge that is a reward model got right on held-out pairs: ``eval`` of the metrics beside it, None where there are none."""
+def _held_out(run: Path, judge: str) -> dict | None:
+    """What a reward model (the judge, the proxy, or one's folder) got right on held-out pairs; None where that was not measured."""
     folder = {"judge": run / "judge", "proxy": run / "reward"}.get(judge, Path(judge).parent)
     path = folder / "metrics.json"
     if judge == "gold" or not path.is_file():

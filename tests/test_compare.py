@@ -115,7 +115,9 @@ def test_what_the_judge_itself_got_right_stands_beside_its_verdict(run, judge):
         write_json(run / folder / "metrics.json", {"eval": figures})
     summary, _, report = compared(run, judge=str(run / judge) if "/" in judge else judge)
     wanted = {"judge": "0.40 of 21", "proxy": "0.60 of 21", "reward/model": "0.60 of 21", "gold": None}[judge]
-    assert (summary["judge_held_out"] is None) == (wanted is None) == ("held-out pairs right" not in report)
+    assert (summary["judge_held_out"] is None) == (wanted is None)
+    assert summary["proxy_held_out"]["accuracy"] == 0.6
+    assert report.count("The reward model orders 0.60 of 21 held-out pairs right") == (judge in ("judge", "gold")), "said once, whoever judges"
     if wanted:
         assert report.count(f"orders {wanted} held-out pairs right (95 % interval") == 2  # as a caveat, and how it was measured
 

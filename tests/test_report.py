@@ -68,9 +68,10 @@ def make_curves(seed=1):
 
 
 def make_ppo_row(rng, i):
+    """Of rollout i + 1, whose policy had learned from i."""
     kl = 4.5 * (1 - math.exp(-i / 30)) + (abs(rng.gauss(0, 0.08)) if i else 0)
     row = {
-        "step": i,
+        "step": i + 1,
         "score_mean": 1.5 * (1 - math.exp(-i / 18)) + rng.gauss(0, 0.05),
         "gold_mean": 0.56 + 0.3 * math.sin(min(i, 75) / 33) + rng.gauss(0, 0.012),
     }
@@ -79,11 +80,26 @@ def make_ppo_row(rng, i):
     return row
 
 
+def hand_made_samples():
+    """Five prompts and three policies whose figures can be worked out in the head: PPO wins three against SFT, ties one, loses one."""
+    gold = {"sft": [0.2, 0.4, 0.6, 0.8, 0.5], "best_of_4": [0.9, 0.4, 0.7, 0.9, 0.5], "ppo": [0.9, 1.0, 0.7, 0.8, 0.1]}
+    same = {"sft": {"proxy": -0.25, "kl": 0.0, "length": 10}, "best_of_4": {"proxy": 0.5, "kl": None, "length": 11},
+            "ppo": {"proxy": 1.5, "kl": 4.0, "length": 12}}  # fmt: skip
+    rows = []
+    for i, family in enumerate(["sums", "sums", "facts", "facts", "facts"]):
+        answers = {
+            name: {"text": f"The {name} answer.", "gold": scores[i], "judge": scores[i], "ended": True, **same[name]} for name, scores in gold.items()
+        }
+        rows.append({"prompt": [{"role": "user", "content": f"Question {i + 1}?"}], "family": family, "id": str(i), "answers": answers})
+    rows[4]["answers"]["sft"]["text"] = "The Zebra."
+    return rows
+
+
 def make_report(folder, samples=None, curves=(), policies=None, **settings):
     samples = make_samples(60) if samples is None else samples
     summary = summarise(samples, settings.pop("judge", "gold"), policies or POLICIES, **settings)
     summary["run"] = {
-        "config": "configs/quickstart.yaml",
+        "folder": "runs/quickstart",
         "seed": 1,
         "temperature": 0.7,
         "commit": "3f2c9a1",
@@ -216,7 +232,7 @@ def test_without_gold_families_and_stages_nothing_stands_empty(tmp_path):
     page = Page(html)
     assert not {"families", "gold-and-proxy", "training"} & set(page.ids)
     assert not re.search(r"<figure>\s*</figure>|<tbody>\s*</tbody>|<div class=\"grid\">\s*</div>", html)
-    assert html.count("<svg ") == 2  # reward and length
+    assert html.count("<svg ") == 3  # reward, judge and length
     assert "Gold score" not in page.text
     assert "Gold" not in markdown
     assert "Judge" in page.text
@@ -243,7 +259,7 @@ def test_rows_that_are_not_numbers_are_passed_over(tmp_path):
     ]
     html, markdown, _ = make_report(tmp_path, make_samples(20), {"sft": rows, "pretrain": rows[:2]})
     assert "| loss | 2 | 1.5 |" in markdown
-    assert "eval" not in markdown  # a single point is no curve
+    assert "| eval\\_loss | – | 1.4 |" in markdown, "a single value is no change"
     assert "Pretraining" not in Page(html).text
 
 
@@ -358,10 +374,76 @@ def test_axis_labels_keep_their_digits(tmp_path):
 
 
 def test_gold_against_proxy_names_the_peak(tmp_path):
-    rows = [{"step": i, "score_mean": i, "gold_mean": gold, "kl": i**2} for i, gold in enumerate([0.5, 0.7, 0.9, 0.6])]
+    rows = [{"step": i + 1, "score_mean": i, "gold_mean": gold, "kl": i**2} for i, gold in enumerate([0.5, 0.7, 0.9, 0.6])]
     html, markdown, _ = make_report(tmp_path, make_samples(20), {"ppo": rows})
-    assert "Gold was highest at step 2 (0.90, KL 4.0 nats) and ended at 0.60." in Page(html).text
-    assert "On training prompts: Gold was highest at step 2" in markdown
-    held_out = [row | {"eval_score_mean": 1.0, "eval_gold_mean": 0.5 + 0.1 * row["step"]} for row in rows]
+    assert "Gold was highest after 2 rollouts (0.90, KL 4.0 nats) and ended at 0.60." in Page(html).text
+    assert "On training prompts: Gold was highest after 2 rollouts" in markdown
+    held_out = [row | {"eval_score_mean": 1.0, "eval_gold_mean": 0.4 + 0.1 * row["step"]} for row in rows]
     _, markdown, _ = make_report(tmp_path, make_samples(20), {"ppo": held_out})
-    assert "On held-out prompts: Gold was highest at step 3 (0.80" in markdown
+    assert "On held-out prompts: Gold was highest after 3 rollouts (0.80" in markdown
+
+
+def chart(html, label):
+    """The SVG of the chart that screen readers call by this."""
+    return re.search(rf'<svg [^>]*aria-label="{re.escape(label)}".*?</svg>', html, re.DOTALL)[0]
+
+
+def drawn_at(svg, pattern):
+    """Where on the x axis things are drawn, in the axis's own unit: pixels of the lines or markers that fit, measured by the ticks."""
+    ticks = re.findall(r'text-anchor: middle[^>]* x="([\d.]+)"[^>]*>([\d.]+)</text>', svg)
+    (left, low), (right, high) = ((float(x), float(text)) for x, text in (ticks[0], ticks[-1]))
+    pixels = [x for found in re.findall(pattern, svg) for x in re.findall(r"(?:[ML] |^)([\d.]+)", found)]
+    return [low + (float(x) - left) / (right - left) * (high - low) for x in pixels]
+
+
+def line(colour):
+    return rf'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: {re.escape(colour)}; stroke-width: 1.[46]'
+
+
+def marker(colour, more=""):
+    """Those inside the axes: the legend's are not clipped."""
+    return rf'<g clip-path="[^"]*">\s*<use [^>]*x="([\d.]+)"[^>]*fill: {re.escape(colour)}; stroke: [^;"]*{more}"'
+
+
+def test_what_ppo_sampled_stands_where_its_policy_was(tmp_path):
+    """A row's rollout and its evaluation come from the policy before the row's step, the closing evaluation from that after the last."""
+    rows = [{"step": step, "kl": step / 10} for step in (1, 2, 3, 4)]
+    rows[0]["eval_kl"], rows[2]["eval_kl"] = 0.0, 0.3
+    curves = {"ppo": [*rows, {"step": 4, "eval_kl": 0.4}], "sft": [{"step": step, "loss": 1.0} for step in (1, 4)]}
+    html, _, _ = make_report(tmp_path, make_samples(20), curves)
+    svg = chart(html, "PPO: KL to SFT (nats per completion) by rollouts learned from")
+    assert drawn_at(svg, line("var(--ppo)")) == pytest.approx([0, 1, 2, 3], abs=0.01)
+    assert drawn_at(svg, line("currentColor")) == pytest.approx([0, 2, 4], abs=0.01)
+    assert ">rollouts learned from</text>" in svg
+    assert drawn_at(chart(html, "SFT: Loss by step"), line("var(--sft)")) == pytest.approx([1, 4], abs=0.01)
+
+
+def test_a_stage_that_was_evaluated_once_shows_it(tmp_path):
+    rows = [{"step": step, "accuracy": 0.5 + step / 100} for step in range(1, 9)]
+    html, markdown, _ = make_report(tmp_path, make_samples(20), {"reward": [*rows, {"step": 8, "eval_accuracy": 0.625}]})
+    svg = chart(html, "Reward model: Accuracy on preference pairs by step")
+    assert drawn_at(svg, marker("currentColor")) == pytest.approx([8], abs=0.01)
+    assert ">held-out: 0.625</text>" in svg
+    assert ">training</text>" in svg
+    assert "| eval\\_accuracy | – | 0.625 |" in markdown
+
+
+def test_E4_gold_and_proxy_are_drawn_against_the_square_root_of_KL(tmp_path):
+    rows = [{"step": i + 1, "score_mean": 0.0, "eval_kl": kl, "eval_score_mean": i, "eval_gold_mean": 0.5} for i, kl in enumerate([0, 1, 9])]
+    html, _, _ = make_report(tmp_path, hand_made_samples(), {"ppo": rows}, policies=["sft", "best_of_4", "ppo"])
+    svg = chart(html, "Reward and gold score against the square root of KL along PPO training")
+    assert drawn_at(svg, line("var(--ppo)")) == pytest.approx(2 * [0, 1, 3], abs=0.01), "above and below"
+    diamond = "; stroke-linejoin: miter"
+    assert drawn_at(svg, marker("var(--sft)", diamond)) == pytest.approx([0, 0], abs=0.01)
+    assert drawn_at(svg, marker("var(--best-of)", diamond)) == pytest.approx(2 * [0.7977], abs=0.01)  # sqrt(log 4 - 3/4)
+    assert drawn_at(svg, marker("var(--ppo)", diamond)) == pytest.approx([2, 2], abs=0.01)  # sqrt 4
+    assert re.findall(r"text-anchor: start[^>]*>(.*?)</text>", svg) == ["PPO along training", "SFT", "Best of 4", "PPO"]
+
+
+def test_charts_can_be_read_on_a_phone(full):
+    """A page of 390 px leaves a chart 327 (body 2 x 16, figure 2 x 15.4): no text in it may be smaller than 10 px."""
+    _, html, _, _ = full
+    charts = re.findall(r'<svg viewBox="0 0 ([\d.]+) .*?</svg>', html, re.DOTALL)
+    sizes = {float(size) for size in re.findall(r"font-size: ([\d.]+)px", html)}
+    assert len(charts) == html.count("<svg ")
+    assert min(sizes) * 327 / max(map(float, charts)) >= 10

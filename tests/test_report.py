@@ -3,9 +3,13 @@
 import base64
 import copy
 import hashlib
+import json
 import math
 import random
 import re
+import shutil
+import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -21,6 +25,7 @@ SKILL = {"pretrained": 0.25, "sft": 0.55, "best_of_4": 0.75, "ppo": 0.83}
 LEVELS = [0.0, 0.25, 0.5, 0.6, 0.8, 1.0]
 WORDS = ["apple", "pear", "plum", "seven", "is", "the", "a", "red", "green", "here", "they", "are", "and", "of", "course", "sure"]
 ATTACK = "</div></script><script>document.title='run'</script><img src=x onerror=alert(1)>"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 VOID = {"meta", "input", "br", "img", "link", "hr", "source"}
 
 
@@ -221,6 +226,32 @@ def test_how_it_was_measured_is_told(full):
     for words in ("3f2c9a1", "0.7", "versions torch", "2.13.0", "60 held-out prompts", "Wilson", "not of other training seeds"):
         assert words in page.text
         assert words in markdown
+
+
+def test_the_tiles_are_the_figures_of_the_summary(tmp_path):
+    html, _, summary = make_report(tmp_path, hand_made_samples(), policies=["sft", "best_of_4", "ppo"])
+    tiles = re.findall(r'<dt>([^<]*)</dt><dd class="value">(.*?)</dd><dd class="note">(.*?)</dd>', html)
+    low, high = summary["comparisons"][0]["ci95"]
+    assert tiles == [
+        ("Win rate", "0.70", f"PPO against SFT; 95 % interval {low:.2f} to {high:.2f}"),  # (3 + 1/2) / 5
+        ("Gold score", "0.50 → 0.70", "mean, SFT → PPO"),
+        ("Reward", "−0.25 → 1.50", "mean, SFT → PPO"),
+        ("KL", "4.0", "nats per completion away from SFT"),
+        ("Length", "1.20 ×", "10.0 → 12.0 tokens"),
+    ]
+    assert summary["comparisons"][0]["win_rate"] == 0.7
+    ppo = summary["policies"]["ppo"]
+    assert [ppo["gold_mean"], ppo["proxy_mean"], ppo["kl_mean"]] == pytest.approx([0.7, 1.5, 4.0])
+
+
+def test_of_the_decided_is_the_share_of_the_prompts_that_are_no_ties(tmp_path):
+    html, markdown, _ = make_report(tmp_path, hand_made_samples(), policies=["sft", "best_of_4", "ppo"])
+    rows = re.findall(r'</i>([^<]*) against ([^<]*?)(?: <small>.*?)?</th>.*?data-label="Of the decided">(.*?)</td>', html, re.DOTALL)
+    wanted = [("PPO", "SFT", 3, 1), ("PPO", "Best of 4", 1, 2), ("Best of 4", "SFT", 3, 0), ("SFT", "SFT", 0, 0)]  # won and lost, counted by hand
+    decided = [(a, b, f"{won / (won + lost):.3f}" if won + lost else "–") for a, b, won, lost in wanted]
+    assert rows == decided
+    for a, b, share in decided:
+        assert re.search(rf"^\| {a} against {b} \|(?: [^|]* \|){{3}} {share} \|", markdown, re.MULTILINE)
 
 
 # --- what it leaves out -----------------------------------------------------------------------------------------------------------
@@ -447,3 +478,69 @@ def test_charts_can_be_read_on_a_phone(full):
     sizes = {float(size) for size in re.findall(r"font-size: ([\d.]+)px", html)}
     assert len(charts) == html.count("<svg ")
     assert min(sizes) * 327 / max(map(float, charts)) >= 10
+
+
+# --- the answers and their filter --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin, winners", [(0.0, "PPO PPO PPO Tie SFT"), (0.15, "PPO PPO Tie Tie SFT")])
+def test_every_card_says_who_won(tmp_path, margin, winners):
+    html, markdown, _ = make_report(tmp_path, hand_made_samples(), policies=["sft", "best_of_4", "ppo"], tie_margin=margin)
+    cards = re.findall(r'<article class="sample" data-family="(.*?)" data-winner="(.*?)">(.*?)</article>', html, re.DOTALL)
+    told = {}
+    for family, winner, card in cards:
+        tags = re.search(r'<p class="tags"><span>(.*?)</span><span class="winner" style="--c: var\(--(.*?)\)">(.*?)</span></p>', card).groups()
+        told[re.search(r'<div class="text" dir="auto">(.*?)</div>', card)[1]] = (family, winner, *tags)
+    wanted = {}
+    for i, winner in enumerate(winners.split()):
+        family, tag = "sums" if i < 2 else "facts", winner if winner == "Tie" else f"{winner} won"
+        wanted[f"Question {i + 1}?"] = (family, tag, family, {"PPO": "ppo", "SFT": "sft", "Tie": "ink"}[winner], tag)
+        assert re.search(rf"### \d\. {family}, {tag}\n\nuser:\n\n```text\nQuestion {i + 1}", markdown)
+    assert told == wanted
+
+
+def test_the_filter_offers_what_the_cards_carry(full):
+    """What the script compares, also where no browser is at hand to run it."""
+    page, html, _, _ = full
+    offered = {name: set(re.findall(pattern, html)) - {""} for name, pattern in
+               (("winner", r'name="winner" value="(.*?)"'), ("family", r"<option>(.*?)</option>"))}  # fmt: skip
+    assert offered == {name: {value for tag, key, value in page.attributes if (tag, key) == ("article", f"data-{name}")} for name in offered}
+    assert set(re.findall(r'wanted\.get\("(\w+)"\)', page.scripts[0])) == {"text", *offered}
+    assert '<input type="search" name="text"' in html
+
+
+ASKED = [
+    ({}, [1, 2, 3, 4, 5]),
+    ({"winner": "PPO won"}, [1, 2, 3]),
+    ({"winner": "Tie"}, [4]),
+    ({"family": "facts"}, [3, 4, 5]),
+    ({"winner": "PPO won", "family": "facts"}, [3]),
+    ({"text": " zebra "}, [5]),
+    ({"text": "question 2"}, [2]),
+    ({"text": "zebra", "winner": "Tie"}, []),
+]
+ASKING = """
+const form = document.getElementById("filter");
+document.body.dataset.found = JSON.stringify(ASKED.map((asked) => {
+  form.reset();
+  for (const [name, value] of Object.entries(asked)) form.elements[name].value = value;
+  form.dispatchEvent(new Event("input"));
+  const shown = [...document.querySelectorAll("article.sample")].filter((card) => card.offsetHeight > 0);
+  return [shown.map((card) => card.querySelector(".message .text").textContent), form.querySelector("output").textContent];
+}));
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to run the page's script")
+def test_the_filter_shows_the_cards_that_fit_and_no_others(tmp_path):
+    html, _, _ = make_report(tmp_path, hand_made_samples(), policies=["sft", "best_of_4", "ppo"])
+    script = ASKING.replace("ASKED", json.dumps([asked for asked, _ in ASKED]))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    html = html.replace("script-src ", f"script-src 'sha256-{digest}' ").replace("</body>", f"<script>{script}</script></body>")
+    (tmp_path / "asked.html").write_text(html, encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
+    page = subprocess.run([*command, (tmp_path / "asked.html").as_uri()], capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(unescape(re.search(r'data-found="(.*?)"', page)[1]))
+    for (asked, numbers), (shown, said) in zip(ASKED, found, strict=True):
+        assert sorted(shown) == [f"Question {number}?" for number in numbers], asked
+        assert said == (f"{len(numbers)} of 5 shown" if numbers else "No sample fits."), asked

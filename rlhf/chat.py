@@ -4,7 +4,7 @@
     rlhf chat --model ppo --against sft     # two models answer the same prompt
     echo "What is seven plus five?" | rlhf chat
 
-/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer that is being written.
+/help lists the commands, such as /reset, which forgets the conversation. Ctrl-C stops an answer that is being written.
 """
 
 import argparse
@@ -33,6 +33,11 @@ from rlhf.terminal import cells, printable, wrapped
 
 SPEAKING = ("ppo", "sft", "pretrain")  # stages whose models write, the furthest first
 SMALL = 50_000_000  # parameters; below, a second thread costs more than it gives (an answer of 30 tokens: 0.08 s, with two 0.5 s, on a busy machine)
+HELP = """\
+/reset  forgets the conversation
+/quit   ends it, as Ctrl-D does
+/help   says this
+//...   sends what stands behind the first /, so that a message may begin with one: //tmp asks about /tmp"""
 WIDE = 80  # columns of a terminal from which two answers stand side by side
 
 
@@ -128,7 +133,7 @@ def _chat(arguments) -> None:
     torch.set_num_threads(1 if max(parameter_count(s.policy) for s in speakers) < SMALL else threads_per_process(0))
     typed = sys.stdin.isatty()
     if typed:
-        print(f"You are talking to {' and '.join(s.label for s in speakers)}. /reset forgets the conversation, /quit or Ctrl-D ends it."
+        print(f"You are talking to {' and '.join(s.label for s in speakers)}. /help lists the commands, /quit or Ctrl-D ends it."
               + ("" if keeps else "\nEvery question starts anew: this run was trained on single questions (--history keep changes that)."))
     for number, text in enumerate(_turns(speakers, typed)):
         answers = _answers(speakers, text, arguments, number, typed)
@@ -137,7 +142,7 @@ def _chat(arguments) -> None:
 
 
 def _turns(speakers: list[Speaker], typed: bool) -> Iterator[str]:
-    """What the person says, line by line, commands carried out."""
+    """What the person says, line by line, commands carried out. Raises InputError for an unknown one when nobody types."""
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing
@@ -148,15 +153,23 @@ def _turns(speakers: list[Speaker], typed: bool) -> Iterator[str]:
             if typed:
                 print()
             return
-        if line == "/quit":
+        command = line.partition(" ")[0]
+        if command == "/quit":
             return
-        if line == "/reset":
+        if command == "/reset":
             for speaker in speakers:
                 speaker.messages = []
             if typed:
                 print("The conversation is forgotten.")
+        elif command == "/help":
+            print(HELP)
+        elif command.startswith("/") and not command.startswith("//"):
+            unknown = f"{command}: no such command, wanted /reset, /quit or /help; as the first word of a message it is written /{command}"
+            if not typed:
+                raise InputError(unknown)
+            print(printable(unknown))
         elif line:
-            yield line
+            yield line.removeprefix("/")
 
 
 def _answers(speakers: list[Speaker], text: str, arguments, number: int, typed: bool) -> list[tuple[str, str]] | None:

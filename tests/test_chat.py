@@ -63,6 +63,19 @@ def test_reset_forgets(run_folder, monkeypatch, capsys):
     assert fresh == reset != kept
 
 
+def test_an_unknown_command_is_told_and_a_message_may_begin_with_a_slash(run_folder, tiny_folder, monkeypatch, capsys):
+    monkeypatch.setattr(Speaker, "answer", lambda self, text, *rest: f"you said {text}")
+    code, out, err = talk(monkeypatch, capsys, "//tmp is what?\n/hlep me\nafter\n", "--run", str(run_folder))
+    assert (code, out) == (2, "you said /tmp is what?\n")
+    assert "/hlep: no such command, wanted /reset, /quit or /help" in err and "//hlep" in err
+    lines = iter(["/hlep me", "/reset now", "/help", "//", "after"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    speaker = Speaker("x", str(tiny_folder), keeps_history=True)
+    assert list(chat._turns([speaker], typed=True)) == ["/", "after"]
+    out = capsys.readouterr().out
+    assert out.startswith("/hlep: no such command") and out.count("no such command") == out.count("forgotten") == out.count(chat.HELP) == 1
+
+
 def test_a_run_of_single_questions_starts_every_question_anew(run_folder):
     assert not chat._single_questions(run_folder), "nothing is known without demonstrations"
     file = run_folder / "data" / "demonstrations" / "train.jsonl"

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of `rlhf chat`."""
     options = argparse.ArgumentParser(prog="rlhf chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--run", default="runs/quickstart", help="run folder (default: runs/quickstart)")
-    options.add_argument("--model", help="a stage of the run (pretrained, sft, ppo), a model folder or a hub id (default: the furthest stage)")
+    options.add_argument("--model", help="pretrained, sft, ppo or ppo/best of the run, a model folder or a hub id (default: the furthest stage)")
     options.add_argument("--against", metavar="MODEL", help="a second model that answers the same prompts")
     options.add_argument("--temperature", type=_number(float, 0.001, 100), default=1.0,
                          help="divides the logits: 1 is what compare measures, 0.001 nearly always the likeliest token (default: 1)")
@@ -198,7 +198,7 @@ def find_model(name: str | None, run: Path) -> tuple[str, str]:
     if name is None and not made:
         raise InputError(f"{run} holds no model yet; `rlhf pipeline run.dir={run}` makes them; or name another --run or --model")
     name = name or made[0]
-    for folder in (run / name / "model", Path(name) / "model", Path(name)):
+    for folder in (run / name / "model", run / name, Path(name) / "model", Path(name)):
         if folder.suffix == ".gguf" and folder.is_file():
             return folder.name, str(folder)
         if (folder / "config.json").is_file():

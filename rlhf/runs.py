@@ -134,9 +134,9 @@ def parent_digests(name: str, run: Path, parents: tuple[str, ...]) -> dict[str, 
     for parent in parents:
         done = run / parent / "DONE"
         if not done.is_file():
-            stage = Path(parent).name
-            raise InputError(f"{name} needs the finished stage {parent}, and {done} is not there. Run `python -m stages.{stage}` with the same "
-                             f"--config and run.dir first, or `python -m stages.pipeline` for all of them")
+            alone = "" if "/" in parent else f"`python -m stages.{parent}`, or "  # the pipeline alone makes the rounds before the last
+            raise InputError(f"{name} needs the finished stage {parent}, and {done} is not there. Run {alone}`python -m stages.pipeline` for all of "
+                             "them, with the same --config and run.dir first")
         digests[parent] = file_digest(done)
     return digests
 

@@ -32,13 +32,17 @@ from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableJudge, Scorer, is_function, load_scorer, member_folders
 from rlhf.workers import workers_for
 
-POLICIES = ("pretrained", "sft", "ppo", "ppo_last", "sft_again", "untrained")  # known by name; others are stages' folders
-BEST_OF, ROUND = re.compile(r"best_of_([1-9]\d*)"), re.compile(r"round_\d+/ppo")
+BEST_OF = re.compile(r"best_of_([1-9]\d*)")
+NAMES = re.compile(rf"pretrained|sft|sft_again|untrained|ppo|ppo_last|{BEST_OF.pattern}|{COOLED.pattern}|round_\d+/ppo")
+MADE_BY = ("pretrained (made by pretrain, or named by model.init); sft, sft_again, untrained, best_of_N, sft_at_T (by sft); ppo, ppo_last (by ppo); "
+           "round_N/ppo (by pipeline with pipeline.rounds above N)")
+JUDGES = ("auto", "gold", "judge", "proxy")
 
 
 def main(config: Config) -> None:
     settings, run = config.compare, Path(config.run.dir)
-    sources = {name: source for name in settings.policies if (source := _source(config, name)) is not None}
+    check_settings(config)
+    sources = {name: _source(config, name) for name in settings.policies}
     needed, used = ("prepare", "sft", "reward"), ("ppo", "judge")
     parents = needed + tuple(stage for stage in used if (run / stage / "DONE").is_file())
     stage = open_stage("compare", config, parents=parents)
@@ -95,34 +99,33 @@ def main(config: Config) -> None:
 def check_settings(config: Config) -> None:
     """InputError for a policy or a judge that no stage of the run will make: the pipeline asks before the first of them."""
     run, settings = Path(config.run.dir), config.compare
+    low, high = RANGES["compare.temperature"]
     for name in settings.policies:
-        known = name in POLICIES or any(pattern.fullmatch(name) for pattern in (BEST_OF, COOLED, ROUND))
-        if not (known or (run / name / "model").is_dir()):
-            raise InputError(f"compare.policies: found {name!r}, wanted some of {', '.join(POLICIES)}, best_of_N, sft_at_TEMPERATURE")
+        if not NAMES.fullmatch(name):
+            raise InputError(f"compare.policies: found {name!r}, wanted some of {MADE_BY}")
+        if (cooled := COOLED.fullmatch(name)) and not low <= float(cooled[1]) <= high:
+            raise InputError(f"compare.policies names {name}: found temperature {cooled[1]}, wanted one from {low} to {high}")
     if is_function(settings.judge):
         CallableJudge(settings.judge)
+    elif settings.judge not in JUDGES and not Path(settings.judge).is_dir() and run.resolve() not in Path(settings.judge).resolve().parents:
+        raise InputError(f"compare.judge: found {settings.judge!r}, wanted {', '.join(JUDGES)}, a reward model's folder or module:function")
     if settings.judge == "judge" and config.data.judge_fraction == 0 and not (run / "judge").is_dir():
         raise InputError("compare.judge=judge: found data.judge_fraction=0, which makes no judge; wanted a share of the prompts for it, say 0.3")
 
 
 def _source(config: Config, name: str) -> str:
     """Where the policy `name` lies: "sft" for SFT and what draws from it, "untrained", else a model folder or hub id. Raises InputError."""
-    if cooled := COOLED.fullmatch(name):
-        low, high = RANGES["compare.temperature"]
-        if not low <= float(cooled[1]) <= high:
-            raise InputError(f"compare.policies names {name}: found temperature {cooled[1]}, wanted one from {low} to {high}")
-    if name in ("sft", "sft_again") or cooled or BEST_OF.fullmatch(name):
+    if name in ("sft", "sft_again") or COOLED.fullmatch(name) or BEST_OF.fullmatch(name):
         return "sft"
     if name == "untrained":
         return name
     if name == "pretrained":
         return backbone(config)
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise InputError(f"compare.policies names {name!r}: found a path that leaves the run folder, wanted a folder in {config.run.dir}")
     folder = Path(config.run.dir) / ("ppo/model_last" if name == "ppo_last" else f"{name}/model")
     if not (folder.parent / "DONE").is_file():
-        raise InputError(f"compare.policies names {name}, and {folder.parent} holds no finished stage; run `python -m stages.{folder.parent.name}` "
-                         f"first, or leave {name} out")
+        stage = "ppo" if name in ("ppo", "ppo_last") else "pipeline"  # which alone makes the rounds before the last
+        raise InputError(f"compare.policies names {name}, and {folder.parent} holds no finished stage; run `python -m stages.{stage}` first, or "
+                         f"leave {name} out")
     if not folder.is_dir():
         raise InputError(f"compare.policies names {name}, and {folder} is not there: ppo.ema_decay was 0, so ppo is what ppo_last would be; "
                          f"leave {name} out")

@@ -150,9 +150,18 @@ def test_a_stage_before_its_parents_names_the_first_one_missing(ends, tmp_path, 
 
 
 def test_compare_without_its_policies_names_the_stage_that_makes_one(ends, tmp_path):
-    said = ends(2, "compare", *SMALL, f"run.dir={tmp_path / 'run'}")
-    assert "compare.policies names ppo" in said and "python -m stages.ppo" in said
+    here = f"run.dir={tmp_path / 'run'}"
+    for name, stage in (("ppo", "ppo"), ("ppo_last", "ppo"), ("round_1/ppo", "pipeline")):
+        said = ends(2, "compare", *SMALL, here, f"compare.policies=[sft,{name}]")
+        assert f"compare.policies names {name}, and" in said and f"run `python -m stages.{stage}`" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_rounds_before_the_last_are_known_to_be_the_pipelines(ends, tmp_path):
+    here = [*SMALL, f"run.dir={tmp_path / 'run'}", "pipeline.rounds=2"]
+    ends(0, "prepare", *here)
+    said = ends(2, "collect", *here)
+    assert "needs the finished stage round_1/ppo" in said and "Run `python -m stages.pipeline` for all" in said
 
 
 def test_a_backbone_that_is_not_there_is_named(ends, tmp_path):
@@ -235,11 +244,14 @@ def test_flash_attention_without_a_gpu_is_refused(ends, tmp_path):
 
 
 @pytest.mark.parametrize(("setting", "says"), [
-    ("compare.policies=[sft,pppo]", "compare.policies: found 'pppo'"), ("compare.judge=no_such_module:f", "no_such_module"),
+    ("compare.policies=[sft,pppo]", "found 'pppo', wanted some of pretrained (made by pretrain"), ("compare.policies=[sft,reward]", "found 'reward'"),
+    ("compare.policies=[sft,sft_at_1000]", "found temperature 1000"), ("compare.judge=no_such_module:f", "no_such_module"),
+    ("compare.judge=goldd", "compare.judge: found 'goldd', wanted auto, gold, judge, proxy"),
     ("compare.judge=judge", "data.judge_fraction=0"), ("ppo.score=no_such_module:f", "no_such_module"),
     ("ppo.mix={no_such_module:f: 0.5}", "no_such_module")])
 def test_what_the_last_stages_would_refuse_is_refused_before_the_first(ends, tmp_path, setting, says):
-    assert says in ends(2, "pipeline", *SMALL, f"run.dir={tmp_path / 'run'}", setting)
+    for command in ("pipeline", "compare") if setting.startswith("compare") else ("pipeline",):
+        assert says in ends(2, command, *SMALL, f"run.dir={tmp_path / 'run'}", setting)
     assert not (tmp_path / "run").exists()
 
 

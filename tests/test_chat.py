@@ -114,6 +114,8 @@ def test_a_missing_model_names_the_command_that_makes_it(tmp_path, run_folder, m
 def test_models_are_found_by_stage_folder_and_stage_folder(run_folder, tiny_folder):
     assert find_model(None, run_folder) == ("ppo", str(run_folder / "ppo" / "model"))
     assert find_model("sft", run_folder) == ("sft", str(run_folder / "sft" / "model"))
+    shutil.copytree(tiny_folder, run_folder / "ppo" / "best")
+    assert find_model("ppo/best", run_folder) == ("best", str(run_folder / "ppo" / "best"))
     assert find_model(str(run_folder / "sft"), run_folder) == ("sft", str(run_folder / "sft" / "model"))
     assert find_model(str(tiny_folder), run_folder)[1] == str(tiny_folder)
     assert find_model("OWNER/NAME", run_folder) == ("OWNER/NAME", "OWNER/NAME")

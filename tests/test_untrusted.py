@@ -23,7 +23,7 @@ from rlhf.progress import say
 from rlhf.runs import open_stage
 from rlhf.scoring import load_scorer
 from stages import prepare
-from stages.compare import _source
+from stages.compare import check_settings
 from tests.helpers import cpu, nano, tiny_encoder
 from tests.test_report import ATTACK, make_report, make_samples
 
@@ -127,11 +127,11 @@ def test_no_path_in_a_data_file_leaves_the_run_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "round_1/../../elsewhere"])
 def test_no_policy_named_in_a_config_lies_outside_the_run_folder(tmp_path, name):
-    config = load_config("configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}"])
+    config = load_config("configs/tiny.yaml", [f"run.dir={tmp_path / 'run'}", f"compare.policies=[{name}]"])
     (tmp_path / "elsewhere" / "model").mkdir(parents=True)
     (tmp_path / "elsewhere" / "DONE").write_text("{}")
-    with pytest.raises(InputError, match="leaves the run folder"):
-        _source(config, name)
+    with pytest.raises(InputError, match=f"compare.policies: found '{name}'"):
+        check_settings(config)
 
 
 # Browsers and terminals

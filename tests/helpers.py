@@ -123,6 +123,15 @@ def naive_logprobs(policy, prompt: list[int], completion: list[int], temperature
     return found
 
 
+def greedy(policy, encoder: Encoder, prompt: list[int], room: int) -> list[int]:
+    """The likeliest token after the likeliest token, until the end or `room`."""
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + room and ids[-1:] != [encoder.eos_id]:
+            ids.append(int(policy(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
 def snapshot(model) -> dict[str, torch.Tensor]:
     """Copies of all weights."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}

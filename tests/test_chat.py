@@ -12,6 +12,7 @@ from rlhf import chat
 from rlhf.chat import Speaker, cells, find_model, layout, printable, wrapped
 from rlhf.errors import InputError
 from rlhf.jsonl import write_jsonl
+from tests.helpers import greedy
 
 
 @pytest.fixture
@@ -43,6 +44,13 @@ def test_two_models_are_asked_the_same(run_folder, monkeypatch, capsys):
 def test_the_same_seed_gives_the_same_answers(run_folder, monkeypatch, capsys):
     said = [talk(monkeypatch, capsys, "hello\nhello again\n", "--run", str(run_folder), "--seed", seed)[1] for seed in ("3", "3", "4")]
     assert said[0] == said[1] != said[2]
+
+
+def test_S1_the_temperature_asked_for_is_the_one_of_the_answers(run_folder, tiny_folder, monkeypatch, capsys):
+    speaker = Speaker("x", str(tiny_folder), keeps_history=False)
+    likeliest = greedy(speaker.policy, speaker.encoder, speaker.encoder.prompt_ids([{"role": "user", "content": "hello"}]), 6)
+    said = [talk(monkeypatch, capsys, "hello\n", "--run", str(run_folder), "--temperature", t)[1] for t in ("0.001", "1", "2")]
+    assert said[0].removesuffix("\n").removesuffix(" [...]") == printable(speaker.encoder.decode(likeliest)) and len(set(said)) == 3
 
 
 def test_history_is_kept_and_forgotten(tiny_folder):

@@ -4,16 +4,15 @@ import json
 import shutil
 
 import pytest
-import torch
 
-from rlhf import world
+from rlhf import in_context, world
 from rlhf.comparison import caveats
 from rlhf.config import config_from_tree
 from rlhf.errors import InputError
 from rlhf.jsonl import read_jsonl, write_json, write_jsonl
 from rlhf.models import load_encoder, load_policy, load_reward_model, save_model
 from stages import compare
-from tests.helpers import rough
+from tests.helpers import greedy, naive_logprobs, rough
 
 PROMPTS = world.sample_prompts(12, "test", 5)
 
@@ -80,30 +79,39 @@ def test_a_family_in_peoples_own_rows_is_a_label_and_no_gold_score(run):
     assert {a["gold"] for row in samples for a in row["answers"].values()} == {None}
 
 
-def greedy(model, encoder, prompt, room) -> tuple[list[int], float]:
-    """The likeliest token after the likeliest token, until the end or `room`, and the sum of their log-probabilities."""
-    ids, total = list(prompt), 0.0
-    for _ in range(room):
-        logprobs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1], -1)
-        ids.append(int(logprobs.argmax()))
-        total += float(logprobs.max())
-        if ids[-1] == encoder.eos_id:
-            break
-    return ids[len(prompt):], total
+def likeliest(run, samples, name, temperature) -> tuple[list[str], list[float]]:
+    """What the policy in RUN/`name` answers to each prompt when it always takes the likeliest token, and how many nats SFT gives for that."""
+    folders = [str(run / stage / "model") for stage in (name, "sft")]
+    encoder = load_encoder(folders[0])
+    policy, sft = (load_policy(folder, encoder, "eager").eval() for folder in folders)
+    prompts = [encoder.prompt_ids(row["prompt"]) for row in samples]
+    answers = [greedy(policy, encoder, prompt, 6) for prompt in prompts]
+    return [encoder.decode(ids) for ids in answers], [sum(naive_logprobs(sft, p, c, temperature)) for p, c in zip(prompts, answers, strict=True)]
 
 
-def test_sft_near_temperature_0_gives_its_likeliest_answers_and_their_kl_is_what_they_lack_in_likelihood(run):
-    summary, samples, report = compared(run, policies=["sft", "ppo", "sft_at_0.001"])
-    encoder = load_encoder(str(run / "sft" / "model"))
-    sft = load_policy(str(run / "sft" / "model"), encoder, "eager").eval()
-    with torch.no_grad():
-        expected = [greedy(sft, encoder, encoder.prompt_ids(row["prompt"]), 6) for row in samples]
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_S1_sft_near_temperature_0_gives_its_likeliest_answers_and_their_kl_is_what_they_lack_in_likelihood(run, temperature):
+    summary, samples, report = compared(run, policies=["sft", "ppo", "sft_at_0.001"], temperature=temperature)
+    texts, nats = likeliest(run, samples, "sft", temperature)
     cooled = [row["answers"]["sft_at_0.001"] for row in samples]
-    assert [a["text"] for a in cooled] == [encoder.decode(ids) for ids, _ in expected]
-    # at that temperature they are all but certain, so log p_cooled - log p_sft is -log p_sft
-    assert [a["kl"] for a in cooled] == pytest.approx([-total for _, total in expected], abs=0.02)
+    assert [a["text"] for a in cooled] == texts != [row["answers"]["sft"]["text"] for row in samples]
+    # at that temperature they are all but certain, so log p_cooled - log p_sft is -log p_sft, at compare.temperature
+    assert [a["kl"] for a in cooled] == pytest.approx([-n for n in nats], abs=0.02)
     assert [(r["a"], r["b"]) for r in summary["comparisons"]] == [("ppo", "sft"), ("ppo", "sft_at_0.001"), ("sft_at_0.001", "sft"), ("sft", "sft")]
     assert "SFT at temperature 0.001" in report
+
+
+def test_S1_every_policy_answers_at_compare_temperature_and_kl_is_taken_there(run, monkeypatch):
+    """Near 0 each gives its likeliest answer, is sure of it, and SFT's log-probability of it at that temperature is the whole KL."""
+    plain, asked = in_context.sample, []
+    monkeypatch.setattr(in_context, "sample", lambda *words: asked.append(words[4]) or plain(*words))
+    summary, samples, _ = compared(run, policies=["sft", "best_of_2", "ppo"], temperature=0.001, shots=[0], shot_tasks=3)
+    for name, source in (("sft", "sft"), ("best_of_2", "sft"), ("ppo", "ppo")):
+        texts, nats = likeliest(run, samples, source, 0.001)
+        assert [row["answers"][name]["text"] for row in samples] == texts
+        if name != "best_of_2":
+            assert [row["answers"][name]["kl"] for row in samples] == pytest.approx([-n for n in nats], rel=1e-3, abs=0.02)
+    assert summary["policies"]["ppo"]["kl_mean"] > 10 and asked == [0.001, 0.001]
 
 
 @pytest.mark.parametrize("judge", ["judge", "proxy", "reward/model", "gold"])

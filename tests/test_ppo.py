@@ -26,11 +26,12 @@ from rlhf.passes import make_rows
 from rlhf.paths import PACKAGE
 from rlhf.ppo import MovingAverage, update
 from rlhf.prompts import Prompt, prompts_of_step
+from rlhf.sampling import draw_uniforms, sample
 from rlhf.value import new_value_model, ppo_optimizer
 from rlhf.workers import Workers
 from stages import ppo as stage
 from tests import processes
-from tests.helpers import collect, cpu, nano, policy_and_value, rough, settings, snapshot, some_prompts, tiny_encoder
+from tests.helpers import collect, cpu, naive_logprobs, nano, policy_and_value, rough, settings, snapshot, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
 PROMPTS = some_prompts(ENCODER, 12)
@@ -114,6 +115,22 @@ def test_S1_the_update_divides_logits_by_the_temperature():
     rollout = disturbed(rollout_of(model, temperature=0.6))
     found, _ = gradients(model, rollout, temperature=0.6)
     assert_same_gradients(found, straight_line_gradients(model, rollout, temperature=0.6))
+
+
+def test_S1_A1_a_step_samples_and_takes_every_log_probability_at_ppo_temperature(tmp_path, tiny_folder):
+    config = load_config("configs/tiny.yaml", [f"run.dir={tmp_path}", "run.precision=fp32", "ppo.score=tests.test_memory:by_length",
+                                               "ppo.temperature=0.5", "ppo.minibatches=1", "ppo.warmup_rollouts=0", "data.max_completion_tokens=6"])
+    shutil.copytree(tiny_folder, tmp_path / "sft" / "model")
+    encoder = load_encoder(str(tiny_folder))
+    sft, learner = load_policy(str(tiny_folder), encoder, "eager"), Learner(config, cpu(), encoder)
+    asked = [[{"role": "user", "content": f"Say {n}"}] for n in range(6)]
+    rows = [Prompt(m, encoder.prompt_ids(m), str(i), None) for i, m in enumerate(asked)]
+    rollout = learner.roll(rows, 0.1, 7)
+    assert rollout.completions == sample(sft, [p.ids for p in rows], draw_uniforms(6, 6, config.seed, 7), encoder, 0.5, 6)
+    expected = [naive_logprobs(sft, p.ids, c, 0.5) for p, c in zip(rows, rollout.completions, strict=True)]
+    for found_BC in (rollout.old_logprobs_BC, rollout.ref_logprobs_BC):
+        torch.testing.assert_close(found_BC[rollout.mask_BC], torch.tensor([x for row in expected for x in row]), rtol=1e-4, atol=1e-4)
+    assert learner.learn(rollout, 0)["first_ratio_error"] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["separate", "shared"])

@@ -5,7 +5,10 @@
     rlhf bench --run runs/quickstart --sweep speed
 
 Takes RUN's prompts, SFT model and reward model, and the settings of its ppo stage; settings may be given as section.key=value. No file
-of RUN changes. For --peer, TRL 1.12 (the last with PPO) lies in a folder of its own: pip install --no-deps --target trl-1.12 trl==1.12.0
+of RUN changes. For --peer, TRL 1.12 (the last with PPO) lies in a folder of its own:
+
+    pip install --no-deps --target trl-1.12 trl==1.12.0
+
 Both sides then do the same work: weights, prompts, batch, epochs, minibatches, learning rate, KL price, temperature, threads, precision; their
 steps alternate, the first of each is left out, and medians are compared. With model.lora_rank only our side trains adapters.
 --sweep repeats this (without a peer) over batch sizes, completion lengths and sizes of the small GPT, and leaves charts and a table in a folder.
@@ -38,6 +41,7 @@ from rlhf.progress import say
 from rlhf.prompts import Prompt, load_prompts, prompts_of_step
 from rlhf.runs import parent_digests, replace_section
 from rlhf.sampling import draw_uniforms, sample
+from rlhf.terminal import Help
 
 PHASES = ("sample", "score", "forward", "update")
 PEER = "1.12."  # TRL's last minor release with PPO
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `rlhf bench`."""
-    options = argparse.ArgumentParser(prog="rlhf bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(prog="rlhf bench", description=__doc__, formatter_class=Help)
     options.add_argument("--run", default="runs/quickstart", help="run folder whose sft and reward stages are finished (default: runs/quickstart)")
     options.add_argument("--peer", metavar="DIR", help="folder that holds trl 1.12: its PPO takes the same steps in turn with ours")
     options.add_argument("--steps", type=_count, default=5, metavar="N", help="timed steps, after one that is left out (default: 5)")

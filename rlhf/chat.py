@@ -1,7 +1,7 @@
 """Talk to any stage's model in the terminal, or to two side by side on the same prompt.
 
-    rlhf chat                               # the furthest stage of runs/quickstart
-    rlhf chat --model ppo --against sft     # two models answer the same prompt
+    rlhf chat                            # the furthest stage of runs/quickstart
+    rlhf chat --model ppo --against sft  # two models answer the same prompt
     echo "What is seven plus five?" | rlhf chat
 
 /help lists the commands, such as /reset, which forgets the conversation. Ctrl-C stops an answer that is being written.
@@ -29,7 +29,7 @@ from rlhf.errors import EXIT_INTERRUPTED, InputError
 from rlhf.jsonl import read_jsonl
 from rlhf.models import attention_kernel, load_encoder, load_policy, parameter_count
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.terminal import cells, printable, wrapped
+from rlhf.terminal import Help, cells, printable, wrapped
 
 SPEAKING = ("ppo", "sft", "pretrain")  # stages whose models write, the furthest first
 SMALL = 50_000_000  # parameters; below, a second thread costs more than it gives (an answer of 30 tokens: 0.08 s, with two 0.5 s, on a busy machine)
@@ -37,7 +37,7 @@ HELP = """\
 /reset  forgets the conversation
 /quit   ends it, as Ctrl-D does
 /help   says this
-//...   sends what stands behind the first /, so that a message may begin with one: //tmp asks about /tmp"""
+//...   sends a message that begins with a /: //tmp becomes /tmp"""
 WIDE = 80  # columns of a terminal from which two answers stand side by side
 
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `rlhf chat`."""
-    options = argparse.ArgumentParser(prog="rlhf chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(prog="rlhf chat", description=__doc__, formatter_class=Help)
     options.add_argument("--run", default="runs/quickstart", help="run folder (default: runs/quickstart)")
     options.add_argument("--model", help="pretrained, sft, ppo or ppo/best of the run, a model folder or a hub id (default: the furthest stage)")
     options.add_argument("--against", metavar="MODEL", help="a second model that answers the same prompts")
@@ -164,7 +164,7 @@ def _turns(speakers: list[Speaker], typed: bool) -> Iterator[str]:
         elif command == "/help":
             print(HELP)
         elif command.startswith("/") and not command.startswith("//"):
-            unknown = f"{command}: no such command, wanted /reset, /quit or /help; as the first word of a message it is written /{command}"
+            unknown = f"{command}: no such command, wanted /reset, /quit or /help (/{command} sends it)"
             if not typed:
                 raise InputError(unknown)
             print(printable(unknown))

@@ -10,20 +10,28 @@ from rlhf.config import Config, describe_settings, load_config
 from rlhf.crash import disk_trouble, memory_trouble, report_crash
 from rlhf.errors import EXIT_CRASHED, EXIT_DONE, EXIT_INPUT, EXIT_INTERRUPTED, InputError, TrainingStopped
 from rlhf.runs import nothing_open, open_now
-from rlhf.terminal import printable
+from rlhf.terminal import Help, printable
 
-STAGES = ("prepare", "pretrain", "sft", "collect", "reward", "ppo", "compare", "pipeline")
+STAGES = {
+    "prepare": "reads your data, or has the embedded world write some",
+    "pretrain": "makes a small GPT from the run's text, unless you name a model",
+    "sft": "stage 1: imitates the demonstrations",
+    "collect": "samples answers that raters rank, unless you give preferences",
+    "reward": "stage 2: learns a reward model from the rankings",
+    "ppo": "stage 3: the SFT model learns from the reward model's scores",
+    "compare": "is PPO better than SFT? Ends in a report",
+    "pipeline": "all of these, in order; a finished stage is not run again",
+}
 TOOLS = {"chat": "talk to any stage's model in the terminal", "data": "`rlhf data check mine.jsonl`: is your data good?",
          "bench": "how fast a PPO step is, where its time goes, and how that compares"}
 
 
 def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None = None, prog: str | None = None) -> int:
     """Parses the command line of a stage (called as `prog`), runs `main(config)`, and returns the exit code after saying what was wrong."""
-    said = "settings (section.key=default; those of the config file, left out: configs/quickstart.yaml, and yours go before them):\n"
-    parser = argparse.ArgumentParser(prog=prog, description=doc, epilog=said + describe_settings(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    said = "settings and their defaults (values of the experiment file go before these, those of the command line before both):\n\n"
+    parser = argparse.ArgumentParser(prog=prog, description=doc, epilog=said + describe_settings(), formatter_class=Help)
     parser.add_argument("--config", help="experiment file (default: configs/quickstart.yaml)")
-    parser.add_argument("--quiet", action="store_true", help="plain lines instead of a bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, only its last line")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
     arguments = parser.parse_intermixed_args(argv)  # settings may stand before and after the flags
     if arguments.quiet:
@@ -64,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     """`rlhf NAME ...`: NAME is a stage or one of the tools."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: rlhf NAME [...]\n\nstages, in order: " + " ".join(STAGES) + "\n" + "\n".join(f"{n}: {h}" for n, h in TOOLS.items())
-              + "\n\nrlhf NAME --help says more")
+        stages, tools = ("".join(f"  {name:<10}{line}\n" for name, line in part.items()) for part in (STAGES, TOOLS))
+        print("usage: rlhf NAME [...]\n\n`rlhf pipeline` runs the whole recipe and ends with a report in runs/quickstart.\n\n"
+              f"stages, in order:\n{stages}\ntools:\n{tools}\n`rlhf NAME --help` says more; that of a stage lists the settings")
         return EXIT_DONE
     name, rest = argv[0], argv[1:]
     if name in STAGES:

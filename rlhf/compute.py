@@ -58,7 +58,8 @@ def precision(wanted: str) -> str:
 def describe(accelerator: Accelerator) -> str:
     """One phrase for the log: processes, device, threads, precision."""
     where = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}"
-    threads = f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)} each" if accelerator.device.type == "cpu" else ""
     return f"{where}{threads}, {'bf16 passes over fp32 weights' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
 
 

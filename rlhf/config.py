@@ -27,7 +27,7 @@ def setting(default, help: str):  # noqa: A002 - "help" is the word --help uses
 
 @dataclass(frozen=True)
 class Run:
-    dir: str = setting("runs/quickstart", "the run folder; every stage writes into a folder of its own below it")
+    dir: str = setting("runs/quickstart", "the run folder, RUN in these texts; every stage writes into a folder of its own below it")
     threads: int = setting(0, "CPU threads per process; 0: the cores this process may use, shared out among the processes of this machine")
     precision: str = setting("auto", "auto, bf16 or fp32: of the passes; weights and optimizer are always fp32. auto: bf16 where the hardware has it")
     save_every: int = setting(200, "optimizer steps between checkpoints in pretrain, sft and reward; ppo has ppo.save_every")
@@ -161,7 +161,7 @@ class Compare:
     policies: list[str] = setting(["pretrained", "sft", "best_of_4", "ppo"],
                                   "who answers; best_of_N: of N SFT answers the reward model's choice; sft_at_T: SFT at the temperature T, such as "
                                   "sft_at_0.5; besides sft_again (a second draw), untrained (SFT's shape, fresh weights), ppo_last (the last "
-                                  "weights where ppo.ema_decay is set)")
+                                  "weights where ppo.ema_decay is set), round_N/ppo (that of an earlier round)")
     prompts: int = setting(500, "held-out prompts")
     judge: str = setting("auto", "gold, judge (a reward model of its own on kept-apart prompts), proxy, a reward model's folder, or "
                                "module:function, a judge f(prompt, first, second) -> above 0 where first is better; auto: the first at hand")
@@ -233,7 +233,7 @@ def describe_settings() -> str:
     """One line per setting: dotted name, default, meaning with unit (what --help prints)."""
     lines = []
     for name, spec, default in _walk(Config(), ""):
-        lines.append(f"  {name + '=' + yaml.safe_dump(default, default_flow_style=True).splitlines()[0]:<42} {spec.metadata['help']}")
+        lines.append(f"  {name + '=' + yaml.safe_dump(default, default_flow_style=True).splitlines()[0]:<29}  {spec.metadata['help']}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """Text of models and data in a terminal: nothing in it is obeyed, and lines are as wide as they look."""
 
+import argparse
 import re
+import textwrap
 import unicodedata
 
 CONTROL = re.compile(
@@ -8,6 +10,16 @@ CONTROL = re.compile(
     r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC and other strings: window title, clipboard, links
     r"|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all else but newline and tab
     r"|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # direction overrides, which show text in another order than it has
+
+
+class Help(argparse.HelpFormatter):
+    """A docstring as --help shows it: sentences are filled to the terminal's width, commands (four spaces in front) stay as they are, and what
+    stands behind a setting (two spaces in front) stays in its column."""
+
+    def _fill_text(self, text, width, indent):
+        lines = re.sub(r"(?<=[^\s.])\n(?=\S)", " ", text).split("\n")
+        return "\n".join(line if line.startswith("    ") else textwrap.fill(
+            line, width, subsequent_indent=" " * len(re.match(r"(?:  \S+ +)?", line)[0]), break_on_hyphens=False) for line in lines)
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,6 @@
 """Stage 2a, collect: several answers of the SFT model to each prompt, ranked by raters. Skipped when data.preferences is given.
 
-    python -m stages.collect --config configs/quickstart.yaml [collect.k=4 ...]
+    python -m stages.collect --config configs/quickstart.yaml [collect.k=4]
 
 Reads RUN/data/prompts, RUN/sft/model (or a later policy, in the second and later rounds of stages.pipeline). Leaves
 RUN/data/preferences/{train,eval}.jsonl: K answers a prompt with ranks. The raters are those of the embedded world: each ranks by the gold

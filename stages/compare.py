@@ -1,6 +1,6 @@
 """Stage 4, compare: the same held-out prompts to every policy, judged, with intervals; ends in a report that can say "no difference".
 
-    python -m stages.compare --config configs/quickstart.yaml [compare.prompts=200 ...]
+    python -m stages.compare --config configs/quickstart.yaml [compare.shots=1]
 
 Reads RUN/data/prompts/test.jsonl and the models of the stages named in compare.policies. Leaves RUN/compare/{report.html, report.md,
 summary.json, samples.jsonl}. The judge is the gold score of the embedded world, a reward model of its own on prompts that stage 2 never

@@ -1,6 +1,6 @@
 """Stage 0, prepare: raw files, hub ids or the embedded world -> canonical rows, split by prompt.
 
-    python -m stages.prepare --config configs/quickstart.yaml [section.key=value ...]
+    python -m stages.prepare --config configs/quickstart.yaml [seed=2]
 
 Reads the files and hub ids of the `data` settings; where there are none, the simulator of `rlhf/world` writes everything.
 Leaves RUN/data/{text,demonstrations,preferences,prompts}/{train,eval,test}.jsonl and RUN/data/drops.json (every row that could not be

@@ -1,7 +1,8 @@
 """Stage 0b, pretrain: a small GPT from scratch on the run's own text; skipped when model.init names a backbone.
 
-    python -m stages.pretrain --config configs/quickstart.yaml [pretrain.steps=...]
-    accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.pretrain
+    python -m stages.pretrain --config configs/quickstart.yaml [seed=2]
+    accelerate launch --config_file configs/accelerate/cpu-2.yaml \\
+        -m stages.pretrain
 
 Reads RUN/data/text. Leaves RUN/pretrain/model: a GPT-2 of model.size (CANON B1) with a byte-level BPE made from the text.
 A row is one document with its end token, or a piece of pretrain.block tokens of a longer one; rows of like length share a batch, and which

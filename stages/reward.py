@@ -1,7 +1,8 @@
 """Stage 2b, reward: a reward model from rankings of K answers (TRL's RewardTrainer on ids of our encoder); with data.judge_fraction, a judge too.
 
-    python -m stages.reward --config configs/quickstart.yaml [reward.members=3 ...]
-    accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.reward
+    python -m stages.reward --config configs/quickstart.yaml [reward.members=3]
+    accelerate launch --config_file configs/accelerate/cpu-2.yaml \\
+        -m stages.reward
 
 Reads RUN/data/preferences (by prepare or collect) and RUN/sft/model. Leaves RUN/reward/{model, model_1, ...}, a reward model per member whose
 normalisation stands in its config.json (reward_gain, reward_bias; CANON R5), and metrics.json with what they get right on held-out

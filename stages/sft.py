@@ -1,6 +1,6 @@
 """Stage 1, sft: the backbone learns to answer as the demonstrations do (TRL's SFTTrainer on ids of our encoder).
 
-    python -m stages.sft --config configs/quickstart.yaml [sft.epochs=2 ...]
+    python -m stages.sft --config configs/quickstart.yaml [sft.epochs=2]
     accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.sft
 
 Reads RUN/data/demonstrations and RUN/pretrain/model (or model.init). Leaves RUN/sft/model: policy, reference and start of the reward model.

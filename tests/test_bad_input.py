@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from rlhf.cli import STAGES, guarded, main, run_stage
+from rlhf.cli import STAGES, TOOLS, guarded, main, run_stage
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.models import save_model
 from rlhf.paths import PACKAGE
@@ -51,11 +51,17 @@ def write_lines(path, rows):
 
 # The command line itself
 
-def test_help_of_every_stage_says_what_it_reads_and_every_setting(ends):
+def test_help_of_every_stage_says_what_it_reads_and_every_setting(ends, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     for stage in STAGES:
         said = ends(0, stage, "--help")
         assert f"python -m stages.{stage}" in said and "ppo.kl_coef=" in said and "configs/quickstart.yaml" in said
-    assert "prepare pretrain sft collect reward ppo compare pipeline" in ends(0)
+        assert max(map(len, said.splitlines())) <= 80
+    for words in (["chat"], ["data"], ["data", "check"], ["bench"]):
+        assert max(map(len, ends(0, *words, "--help").splitlines())) <= 80
+    said = ends(0)
+    assert [line.split()[0] for line in said.splitlines() if line.startswith("  ")] == [*STAGES, *TOOLS]
+    assert max(map(len, said.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("words", [["ppoo"], ["ppo", "--no-such-flag"], ["ppo", "--config"]])

@@ -130,7 +130,7 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_readme_names_the_stages_in_order():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tuple(re.findall(r"^\| `rlhf (\w+)` \|", text, re.M)) == STAGES
+    assert tuple(re.findall(r"^\| `rlhf (\w+)` \|", text, re.M)) == tuple(STAGES)
 
 
 def test_readme_names_every_exit_code():

@@ -1,7 +1,7 @@
 """Looks at files before anything is trained on them: what they are, what cannot be used, and whether the rest is good.
 
     rlhf data check mine.jsonl
-    rlhf data check train.jsonl test.jsonl --tokenizer runs/mine/sft/model --max-prompt-tokens 256
+    rlhf data check train.jsonl test.jsonl --tokenizer runs/mine/sft/model
 
 A summary goes to the terminal, and data-check/report.html shows the same with charts and a few rows as the model will see them. It asks
 of each file: rows and what was dropped, lengths and what is too long to train on, writing systems, repetitions, pairs ordered both ways,
@@ -39,7 +39,7 @@ from rlhf.data.facts import (
 from rlhf.data.formats import KINDS
 from rlhf.data.shortcuts import Accuracy
 from rlhf.errors import EXIT_DONE, EXIT_WARNINGS, InputError
-from rlhf.terminal import printable
+from rlhf.terminal import Help, printable
 
 RECOGNISED_IN_ORDER = ("preferences", "demonstrations", "text", "prompts")  # a document could pass for a prompt, so text goes before
 SHOWN_CHARACTERS = 400  # of a part of a row, in the terminal
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `rlhf data check`."""
-    tool = argparse.ArgumentParser(prog="rlhf data", description="tools for people's own files")
-    options = tool.add_subparsers(required=True, metavar="check").add_parser(
-        "check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tool = argparse.ArgumentParser(prog="rlhf data")
+    commands = tool.add_subparsers(required=True, metavar="check", help="looks at your files before anything is trained on them: are they good?")
+    options = commands.add_parser("check", description=__doc__, formatter_class=Help)
     options.add_argument("files", nargs="+", metavar="FILE", help="file, folder, pattern or hub id")
     options.add_argument("--kind", choices=KINDS, help="what the files are to be used as (default: recognised)")
     options.add_argument("--mapping", action="append", default=[], metavar="WANTED=FOUND",

@@ -37,7 +37,7 @@ HELP = """\
 /reset  forgets the conversation
 /quit   ends it, as Ctrl-D does
 /help   says this
-//...   sends a message that begins with a /: //tmp becomes /tmp"""
+//...   sends a message that begins with a /: //hi becomes /hi"""
 WIDE = 80  # columns of a terminal from which two answers stand side by side
 
 

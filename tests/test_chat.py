@@ -73,8 +73,8 @@ def test_reset_forgets(run_folder, monkeypatch, capsys):
 
 def test_an_unknown_command_is_told_and_a_message_may_begin_with_a_slash(run_folder, tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr(Speaker, "answer", lambda self, text, *rest: f"you said {text}")
-    code, out, err = talk(monkeypatch, capsys, "//tmp is what?\n/hlep me\nafter\n", "--run", str(run_folder))
-    assert (code, out) == (2, "you said /tmp is what?\n")
+    code, out, err = talk(monkeypatch, capsys, "//hi there\n/hlep me\nafter\n", "--run", str(run_folder))
+    assert (code, out) == (2, "you said /hi there\n")
     assert "/hlep: no such command, wanted /reset, /quit or /help" in err and "//hlep" in err
     lines = iter(["/hlep me", "/reset now", "/help", "//", "after"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))

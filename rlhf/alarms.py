@@ -33,8 +33,10 @@ ALARMS = (
           "the answers repeat themselves (distinct-2 {distinct_2:.2f})", "raise ppo.kl_coef; read the rollouts for what the reward model overrates"),
     Alarm("kl", lambda now, first: now["kl"] > 25.0,
           "the policy is far from the SFT model (KL {kl:.0f} nats a completion)", "raise ppo.kl_coef, or set ppo.kl_target"),
-    Alarm("length_mean", lambda now, first: not 0.5 <= now["length_mean"] / first["length_mean"] <= 2.0,
-          "the length runs away ({length_mean:.0f} tokens on average)", "raise ppo.kl_coef; scores may follow the length itself, or the missing EOS"),
+    Alarm("length_mean", lambda now, first: now["length_mean"] > 2.0 * first["length_mean"],
+          "the answers grow and grow ({length_mean:.0f} tokens on average)", "raise ppo.kl_coef; the reward model may like mere length"),
+    Alarm("length_mean", lambda now, first: now["length_mean"] < 0.5 * first["length_mean"],
+          "the answers shrink ({length_mean:.0f} tokens on average)", "raise ppo.kl_coef; ending may be all that pays (ppo.missing_eos_score)"),
     Alarm("skipped_steps", lambda now, first: now["skipped_steps"] > 0,
           "{skipped_steps} optimizer steps had no finite gradient and were left out", "lower ppo.lr; look at the rollout's prompts and scores"),
 )

@@ -16,6 +16,7 @@ Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 # What the verdict warns of: the marks of a policy that pleases its reward in the wrong way (issue 2, "no cheating").
 MAX_LENGTH_RATIO, MIN_LENGTH_RATIO = 1.3, 0.6
 MIN_EOS_RATE = 0.98
+MIN_OVERLAP = 0.05  # of the prompts with the shorter answer on either side, to speak of equal length
 MIN_DISTINCT_RATIO = 0.8
 MAX_KL_NATS = 25.0
 
@@ -31,6 +32,7 @@ PAIRS = (
     ("sft_again", "sft"),
     ("sft", "sft"),
 )
+BEST_OF = re.compile(r"best_of_([1-9]\d*)")
 COOLED = re.compile(r"sft_at_(\d+(?:\.\d+)?)")  # SFT sampled at that temperature: what PPO has to beat where it only made the policy surer
 SANITY = ("sft_again", "untrained")  # policies that answer for those rows alone
 LABELS = {"ppo": "PPO", "sft": "SFT", "ppo_last": "PPO, last weights", "sft_again": "SFT, drawn again"}
@@ -137,7 +139,11 @@ def _interval95(wins: int, ties: int, losses: int) -> tuple[float, float]:
     else, must not look like certainty. Like Wilson's it stays inside [0, 1] and has a width at rates 0 and 1.
     """
     n = wins + ties + losses
-    rate, tie_share, slack = (wins + ties / 2) / n, ties / (n + Z95**2), Z95**2 / n
+    return _wilson((wins + ties / 2) / n, n, ties / (n + Z95**2))
+
+
+def _wilson(rate: float, n: float, tie_share: float = 0.0) -> tuple[float, float]:
+    slack = Z95**2 / n
     centre = (rate + slack / 2) / (1 + slack)
     half = math.sqrt(max(centre**2 - (rate**2 + slack * tie_share / 4) / (1 + slack), 0.0))
     return min(max(centre - half, 0.0), rate), max(min(centre + half, 1.0), rate)  # at rates 0 and 1 the end is the rate, to the last bit
@@ -161,29 +167,35 @@ def verdicts(judge: PairJudge, prompts: Sequence, a: Sequence[str], b: Sequence[
 # --- at equal length ----------------------------------------------------------------------------------------------------------
 
 
-def length_controlled_win_rate(outcomes: Sequence[float], lengths_a: Sequence[float], lengths_b: Sequence[float]) -> float:
-    """The win rate a would have if its answers were as long as b's, in (0, 1).
+def length_controlled_win_rate(
+    outcomes: Sequence[float], lengths_a: Sequence[float], lengths_b: Sequence[float]
+) -> tuple[float, tuple[float, float]] | None:
+    """(win rate a would have if its answers were as long as b's, its 95 % interval); None where one side is nearly always the longer.
 
     A logistic regression of the outcome on tanh of the length difference over its standard deviation, and an intercept; reported is its
-    prediction at difference 0. Where all differences are equal length explains nothing, and this is the raw rate. A small ridge keeps
-    it finite when every prompt is won. Source: Dubois et al. 2024 (2404.04475), equation 1, without the terms for the prompt.
+    prediction at difference 0. A small ridge keeps it finite when every prompt is won. Source: Dubois et al. 2024 (2404.04475),
+    equation 1, without the terms for the prompt. The interval is Wilson's for as many prompts as would tell this rate as precisely
+    as the regression does; it takes a tie for a decided prompt, and so is rather too wide.
+    With fewer than MIN_OVERLAP of the differences on either side of 0 the line would be read where nothing was seen.
     """
     target = np.asarray(outcomes, dtype=float)
     difference = np.asarray(lengths_a, dtype=float) - np.asarray(lengths_b, dtype=float)
     if target.shape != difference.shape or not target.size:
         raise ValueError(f"one length of each answer for each outcome: {target.shape} against {difference.shape}")
-    spread = difference.std()
-    feature = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
-    intercept, _ = _logistic_fit(np.stack([np.ones_like(feature), feature], axis=1), target)
-    return float(_sigmoid(intercept))
+    if min(np.mean(difference <= 0), np.mean(difference >= 0)) < MIN_OVERLAP:
+        return None
+    feature = np.tanh(difference / (difference.std() or 1.0))
+    weights, covariance = _logistic_fit(np.stack([np.ones_like(feature), feature], axis=1), target)
+    rate = float(_sigmoid(weights[0]))
+    return rate, _wilson(rate, 1 / (rate * (1 - rate) * covariance[0, 0]))
 
 
 def _sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))  # no overflow at either end
 
 
-def _logistic_fit(features: np.ndarray, target: np.ndarray, ridge: float = 0.1, steps: int = 100) -> np.ndarray:
-    """Weights of a logistic regression with soft targets by Newton's method; ``ridge``/2 times their square is added to the loss."""
+def _logistic_fit(features: np.ndarray, target: np.ndarray, ridge: float = 0.1, steps: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """(weights, their covariance) of a logistic regression with soft targets, by Newton's method; ``ridge``/2 of their square joins the loss."""
 
     def loss(weights):
         logits = features @ weights
@@ -200,7 +212,7 @@ def _logistic_fit(features: np.ndarray, target: np.ndarray, ridge: float = 0.1, 
         weights = weights - step
         if np.abs(step).max() < 1e-10:
             break
-    return weights
+    return weights, np.linalg.inv(curvature)
 
 
 # --- the summary --------------------------------------------------------------------------------------------------------------
@@ -260,7 +272,7 @@ def _check(samples: list[dict], policies: Sequence[str]) -> None:
 
 
 def _describe(policy: str, answers: list[dict]) -> dict:
-    best_of = re.fullmatch(r"best_of_(\d+)", policy)
+    best_of = BEST_OF.fullmatch(policy)
     kl_by_definition = kl_best_of_n(int(best_of[1])) if best_of else 0.0 if policy == "sft" else None
     kl_mean = _mean(answers, "kl")
     return {
@@ -290,7 +302,7 @@ def _compare(samples: list[dict], a: str, b: str, judge: str, tie_margin: float,
         judged = verdicts(pair_judge, [row["prompt"] for row in samples], *column("text"))
     else:
         judged = Verdicts(score_outcomes(*column("judge"), tie_margin), 0)
-    wins = count_wins(judged.outcomes)
+    wins, controlled = count_wins(judged.outcomes), length_controlled_win_rate(judged.outcomes, *column("length"))
     return {
         "a": a,
         "b": b,
@@ -301,7 +313,8 @@ def _compare(samples: list[dict], a: str, b: str, judge: str, tie_margin: float,
         "ties": wins.ties,
         "losses": wins.losses,
         "decided_win_rate": wins.decided_win_rate,
-        "length_controlled_win_rate": length_controlled_win_rate(judged.outcomes, *column("length")),
+        "length_controlled_win_rate": controlled and controlled[0],
+        "length_controlled_ci95": controlled and list(controlled[1]),
         "order_flips": judged.order_flips,
     }
 
@@ -345,7 +358,8 @@ def headline(summary: dict) -> str:
 
 
 def _result(summary: dict, row: dict) -> str:
-    judge = {"gold": "the gold score", "judge": "the independent judge"}.get(summary["judge"], f"the judge {summary['judge']}")
+    judges = {"gold": "the gold score", "judge": "the independent judge", "proxy": "the run's reward model"}
+    judge = judges.get(summary["judge"], f"the judge {summary['judge']}")
     judge = "that reward" if summary.get("proxy_is_judge") else judge
     text = f"win rate {_rate(row, '95 % interval ')} by {judge}"
     a, ratio = summary["policies"][row["a"]], length_ratio(summary, row)
@@ -384,7 +398,7 @@ def caveats(summary: dict) -> list[str]:
     lost = summary["judge"] == "gold" and row["ci95"][1] < 0.5  # shown, not a fall of the mean alone
     if lost and a["proxy_mean"] > b["proxy_mean"] and a["gold_mean"] < b["gold_mean"]:
         found.append(f"The reward rose while the gold score fell ({b['gold_mean']:.3f} to {a['gold_mean']:.3f}): reward over-optimisation.")
-    return found + _judge_caveats(summary) + _cooled_caveats(summary) + _sanity_caveats(summary)
+    return _judge_caveats(summary, row) + found + _cooled_caveats(summary) + _sanity_caveats(summary)
 
 
 def judge_on_pairs(held_out: dict) -> str:
@@ -394,21 +408,34 @@ def judge_on_pairs(held_out: dict) -> str:
             f"the longer answer wins: {held_out['longer_wins_accuracy']:.2f})")
 
 
-def _judge_caveats(summary: dict) -> list[str]:
-    """A judge that is a reward model is worth what it knows."""
-    held_out = summary.get("judge_held_out")
-    if held_out is None or held_out["ci95"][0] > 0.5:
-        return []
-    return [f"The judge {judge_on_pairs(held_out)}: not shown to be better than chance, so neither is this result. More preferences would help."]
+def _judge_caveats(summary: dict, row: dict) -> list[str]:
+    """A judge that is a reward model is worth what it knows; one that says the same of all prompts knows nothing of them."""
+    found, held_out, n = [], summary.get("judge_held_out"), summary["n_prompts"]
+    if held_out is not None and held_out["ci95"][0] <= 0.5:
+        found.append(f"The judge {judge_on_pairs(held_out)}: not shown to be better than chance, so neither is this result. "
+                     "More preferences would help.")
+    if row["order_flips"] > n / 2:
+        found.append(f"The judge changed its verdict with the order of the answers on {row['order_flips']} of {n} prompts, which count as ties: it "
+                     "cannot tell them apart. Of a function above 0 is wanted where the first is better, and below 0 where the second is.")
+    elif row["ties"] == n:
+        found.append(f"The judge called all {n} prompts ties: it may not tell these answers apart.")
+    if summary["judge"] == "proxy" and not summary["proxy_is_judge"] and any(BEST_OF.fullmatch(name) for name in summary["policies"]):
+        found.append("Best of N was chosen by this judge: its rows are no evidence.")
+    return found
 
 
 def _length_caveats(ratio: float | None, row: dict, name: str, other: str) -> list[str]:
     found = []
     if ratio is not None and not MIN_LENGTH_RATIO <= ratio <= MAX_LENGTH_RATIO:
         found.append(f"{name}'s answers are {ratio:.2f} times as long as {other}'s: part of the result may be length.")
-    controlled = row["length_controlled_win_rate"]
-    if row["ci95"][0] > 0.5 >= controlled:
+    controlled, shown = row["length_controlled_win_rate"], row["ci95"][0] > 0.5
+    if shown and controlled is None:
+        found.append(f"One of {name} and {other} is nearly always the longer: what would be at equal length cannot be told.")
+    elif shown and controlled <= 0.5:
         found.append(f"At equal length the win rate is {controlled:.2f}: the difference is one of length.")
+    elif shown and row["length_controlled_ci95"][0] <= 0.5:
+        low, high = row["length_controlled_ci95"]
+        found.append(f"At equal length no difference is shown: {controlled:.2f} ({low:.2f}-{high:.2f}).")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf import world
-from rlhf.encoded import encoded_rows
+from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.progress import say
@@ -27,7 +27,7 @@ class Prompt:
         return self.messages[-1]["content"]
 
 
-def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) -> Sequence[Prompt]:
+def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) -> EncodedRows:
     """Prompts of RUN/data/prompts/SPLIT.jsonl of at most `max_tokens` ids. Raises InputError when none is left."""
     def encode(rows: list[dict]) -> list[dict]:
         return [{"messages": row["prompt"], "ids": ids, "id": row["id"], "family": row.get("family"), "length": len(ids)}

@@ -357,9 +357,10 @@ def _method(summary: dict) -> list[str]:
     independent = "PPO was trained on it." if summary.get("proxy_is_judge") else "No stage was trained on it."
     flips, held_out = summary.get("order_flips", 0), summary.get("judge_held_out")
     known = f" It {judge_on_pairs(held_out)}." if held_out else ""
-    proxy = summary.get("proxy_held_out")
+    proxy, asked = summary.get("proxy_held_out"), f"{summary['n_prompts']}"
+    asked += f" of {summary['n_held_out']}" if summary.get("n_held_out", 0) > summary["n_prompts"] else ""
     lines = [
-        f"All policies answered the same {summary['n_prompts']} held-out prompts. The judge is {judge}. {independent}{known}",
+        f"All policies answered the same {asked} held-out prompts. The judge is {judge}. {independent}{known}",
         *([f"The reward model {judge_on_pairs(proxy)}."] if proxy and proxy != held_out else []),
         "A win counts 1, a tie one half, a loss 0. The interval of their mean holds 95 % (Wilson's score interval, its variance lowered by ties).",
         "The interval speaks of other prompts, not of other training seeds.",

@@ -4,6 +4,7 @@ model's config.json as reward_gain and reward_bias.
 """
 
 import importlib
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -146,7 +147,8 @@ class CallableScorer:
 
 
 class CallableJudge:
-    """A judge of two answers by a Python function f(prompt, first, second), above 0 where the first is better (`rlhf.comparison.verdicts`).
+    """A judge of two answers by a Python function f(prompt, first, second), above 0 where the first is better, below 0 where the second is
+    (`rlhf.comparison.verdicts`).
 
     The prompt is the last user turn; the same question is asked once. Raises InputError for what is not there or returns something else.
     """
@@ -159,9 +161,11 @@ class CallableJudge:
         question = (messages[-1]["content"], first, second)
         if question not in self._said:
             answer = _called(self.function, self.named, *question)
-            if isinstance(answer, str) or not isinstance(answer, SupportsFloat):
-                raise InputError(f"{self.named}, which returned {answer!r}; wanted a number, above 0 where the first answer is better")
-            self._said[question] = float(answer)
+            number = float(answer) if isinstance(answer, SupportsFloat) and not isinstance(answer, bool) else math.nan
+            if not math.isfinite(number):  # True and False would each be a tie: one order says the first, the other nobody
+                raise InputError(f"{self.named}, which returned {answer!r}; wanted a number, above 0 where the first answer is better and below 0 "
+                                 "where the second is")
+            self._said[question] = number
         return self._said[question]
 
 

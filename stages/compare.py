@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from rlhf.cli import run_stage
-from rlhf.comparison import COOLED, SANITY, PairJudge, summarise, verdict, verdicts
+from rlhf.comparison import BEST_OF, COOLED, SANITY, PairJudge, summarise, verdict, verdicts
 from rlhf.compute import describe, gather_rows, my_share, start
 from rlhf.config import RANGES, Config
 from rlhf.errors import InputError
@@ -32,7 +32,6 @@ from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableJudge, Scorer, is_function, load_scorer, member_folders
 from rlhf.workers import workers_for
 
-BEST_OF = re.compile(r"best_of_([1-9]\d*)")
 NAMES = re.compile(rf"pretrained|sft|sft_again|untrained|ppo|ppo_last|{BEST_OF.pattern}|{COOLED.pattern}|round_\d+/ppo")
 MADE_BY = ("pretrained (made by pretrain, or named by model.init); sft, sft_again, untrained, best_of_N, sft_at_T (by sft); ppo, ppo_last (by ppo); "
            "round_N/ppo (by pipeline with pipeline.rounds above N)")
@@ -52,8 +51,9 @@ def main(config: Config) -> None:
     accelerator = start(config)
     attention = attention_kernel(config.model.attention, accelerator.device)
     encoder = load_encoder(str(run / "sft" / "model"), config.model.trust_remote_code)
-    prompts = load_prompts(config.run.dir, "test", encoder, config.data.max_prompt_tokens)[: settings.prompts]
-    say(f"compare: {describe(accelerator)}; {len(prompts)} held-out prompts x {', '.join(settings.policies)}")
+    held_out = load_prompts(config.run.dir, "test", encoder, config.data.max_prompt_tokens)
+    prompts = held_out.some(settings.prompts)
+    say(f"compare: {describe(accelerator)}; {len(prompts)} of {len(held_out)} held-out prompts x {', '.join(settings.policies)}")
 
     def load(source: str):
         if source == "untrained":
@@ -82,6 +82,7 @@ def main(config: Config) -> None:
     rewards = {Path(source).resolve() for source in (*([] if config.ppo.score else folders), *config.ppo.mix)}
     is_proxy = not rewards.isdisjoint(folder.resolve() for folder in (folders if judge == "proxy" else [Path(judge)]))
     summary = summarise(samples, judge, settings.policies, proxy_is_judge=is_proxy, pair_judge=pair_judge)
+    summary["n_held_out"] = len(held_out)
     summary["judge_held_out"] = _held_out(run, judge) if pair_judge is None else None
     summary["proxy_held_out"] = _held_out(run, "proxy")
     if in_context:

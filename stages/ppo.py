@@ -52,7 +52,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
                          f"{accelerator.num_processes} processes cannot share equally, as those must that hold a sharded model; change one of them")
     encoder = load_encoder(str(run / "sft" / "model"), config.model.trust_remote_code)
     prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)
-    held_out = load_prompts(config.run.dir, "eval", encoder, config.data.max_prompt_tokens)[: settings.eval_prompts]
+    held_out = load_prompts(config.run.dir, "eval", encoder, config.data.max_prompt_tokens).some(settings.eval_prompts)
 
     learner = Learner(config, accelerator, encoder, within)
     model, optimizer = learner.model, learner.optimizer

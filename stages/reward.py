@@ -11,7 +11,6 @@ Simplified on purpose: held-out accuracy is measured at the end alone; an ensemb
 """
 
 import sys
-from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps, last_checkpoi
 from rlhf.workers import workers_for
 
 JUDGE_SEED = 7777  # added to the seed of the members
-WORD_PAIRS = 5000  # training pairs that the bag of words learns from
+WORD_PAIRS = 5000  # training pairs that the bag of words learns from, roughly
 
 
 def main(config: Config, within: str = "") -> None:
@@ -138,7 +137,7 @@ def _sft_samples(config: Config, sft: str, accelerator) -> tuple[list, list, Enc
     Answers that did not end are left out where others did: their score will be ppo.missing_eos_score.
     """
     encoder = load_encoder(sft, config.model.trust_remote_code)
-    prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)[: config.reward.normalise_prompts]
+    prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens).some(config.reward.normalise_prompts)
     policy = load_policy(sft, encoder, attention_kernel(config.model.attention, accelerator.device), config.model.trust_remote_code)
     uniforms_BC = draw_uniforms(len(prompts), config.data.max_completion_tokens, config.seed, 5)
     workers = workers_for(accelerator, policy)
@@ -162,7 +161,7 @@ def _normalise(reward_model, encoder: Encoder, samples: tuple, accelerator) -> N
 
 def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folders: list[Path], train: EncodedRows, held_out: EncodedRows) -> None:
     """Loads what was saved, scores held-out rankings and as many training ones, writes metrics.json and DONE."""
-    rows = train[: len(held_out)] + held_out[:]
+    rows = train.some(len(held_out)) + held_out[:]
     answers = [row["prompt"] + completion for row in rows for completion in row["completions"]]
     totals, normalised = torch.zeros(len(answers)), []
     for folder in folders:
@@ -174,7 +173,9 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
     seen = len(rows) - len(held_out)
     figures, on_train = _figures(held_out, scores[seen:], config.reward.ties), _figures(rows[:seen], scores[:seen], config.reward.ties)
     if figures is not None:
-        words = words_learned(_pairs(train, encoder, WORD_PAIRS), _pairs(held_out, encoder))
+        answers_each = train.items_in("completions") / len(train)
+        read = train.some(round(WORD_PAIRS / (answers_each * (answers_each - 1) / 2)))
+        words = words_learned(_pairs(read, encoder), _pairs(held_out[:], encoder))
         figures |= {"bag_of_words_accuracy": words and words.value, "bag_of_words_ci95": words and [words.low, words.high]}
     steps = count_steps(len(train), config.reward.batch_size, config.reward.epochs)
     training = {"prompts": len(train), "answers": train.items_in("completions"), "steps": steps,
@@ -192,13 +193,10 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
     stage.finish(eval_accuracy=figures and figures["accuracy"], members=[file_digest(f / "model.safetensors") for f in folders])
 
 
-def _pairs(rows: EncodedRows, encoder: Encoder, most: int | None = None) -> list[Pair]:
-    """Better and worse answers as text, of the first rows that make up `most` pairs (None: of all)."""
-    def of_row(row: dict) -> list[Pair]:
-        answers = list(zip(row["ranks"], map(encoder.decode, row["completions"]), strict=True))
-        return [Pair(row["id"], better, worse) for rank, better in answers for other, worse in answers if rank < other]
-
-    return list(islice(chain.from_iterable(map(of_row, rows)), most))
+def _pairs(rows: list[dict], encoder: Encoder) -> list[Pair]:
+    """Better and worse answers as text."""
+    answers = [(row["id"], list(zip(row["ranks"], map(encoder.decode, row["completions"]), strict=True))) for row in rows]
+    return [Pair(name, better, worse) for name, ranked in answers for rank, better in ranked for other, worse in ranked if rank < other]
 
 
 def _figures(rows: list[dict], scores: list[list[float]], ties: str) -> dict | None:

@@ -55,6 +55,14 @@ def says_words(prompt, first, second):
     return "the first"
 
 
+def says_whether(prompt, first, second):
+    return len(first) > len(second)
+
+
+def says_nan(prompt, first, second):
+    return float("nan")
+
+
 def test_E1_E5_the_average_the_last_weights_a_second_draw_and_an_untrained_model_answer_the_same_prompts(run):
     summary, samples, report = compared(run, policies=["sft", "ppo", "ppo_last", "sft_again", "untrained"])
     rows = {(row["a"], row["b"]): row for row in summary["comparisons"]}
@@ -199,9 +207,11 @@ def test_E3_a_function_that_likes_the_first_place_decides_nothing(run):
     assert (summary["comparisons"][0]["ties"], summary["comparisons"][0]["order_flips"]) == (12, 12)
 
 
-def test_E3_a_judge_that_says_no_number_is_refused(run):
-    with pytest.raises(InputError, match="compare.judge names .* returned 'the first'"):
-        compared(run, judge="tests.test_compare:says_words")
+@pytest.mark.parametrize(("judge", "said"), [("says_words", "'the first'"), ("says_whether", "(True|False)"), ("says_nan", "nan")])
+def test_E3_a_judge_that_says_no_number_is_refused(run, judge, said):
+    """A bool would be a tie whatever it is: the order decides each."""
+    with pytest.raises(InputError, match=f"compare.judge names .* returned {said}; wanted a number, above 0 .* and below 0"):
+        compared(run, judge=f"tests.test_compare:{judge}")
 
 
 def test_E6_policies_answer_tasks_after_examples(run):

@@ -159,39 +159,68 @@ def test_E3_a_verdict_in_one_order_only_is_a_tie():
 
 def test_E3_length_control_by_hand():
     # At +10 and -10 tokens, half of the prompts each, 80 % and 60 % are won. The spread is 10, so the feature is +-tanh 1 and the
-    # intercept is the mean of the two log odds: (1.38629 + 0.40547) / 2 = 0.89588, whose sigmoid is 0.7101.
+    # intercept is the mean of the two log odds: (1.38629 + 0.40547) / 2 = 0.89588, whose sigmoid is 0.7101. Its variance is
+    # (1 / (2000 * 0.8 * 0.2) + 1 / (2000 * 0.6 * 0.4)) / 4 = 0.0013021, as of 1 / (0.7101 * 0.2899 * 0.0013021) = 3731 prompts,
+    # whose Wilson interval is 0.7101 -+ 1.96 * sqrt(0.7101 * 0.2899 / 3731), a little nearer to one half.
     outcomes = outcomes_of(1600, 0, 400) + outcomes_of(1200, 0, 800)
     lengths = [30] * 2000 + [10] * 2000
-    assert length_controlled_win_rate(outcomes, lengths, [20] * 4000) == pytest.approx(0.7101, abs=1e-3)
+    rate, interval = length_controlled_win_rate(outcomes, lengths, [20] * 4000)
+    assert rate == pytest.approx(0.7101, abs=1e-3)
+    assert interval == pytest.approx((0.6954, 0.7245), abs=1e-3)
 
 
 def test_E3_length_control_changes_nothing_where_length_decides_nothing():
     rng = np.random.default_rng(3)
     outcomes = rng.choice([1.0, 0.5, 0.0], 2000, p=[0.6, 0.2, 0.2])
-    assert length_controlled_win_rate(outcomes, rng.normal(30, 8, 2000), rng.normal(25, 8, 2000)) == pytest.approx(
-        outcomes.mean(), abs=0.03
-    )
+    rate, _ = length_controlled_win_rate(outcomes, rng.normal(30, 8, 2000), rng.normal(25, 8, 2000))
+    assert rate == pytest.approx(outcomes.mean(), abs=0.03)
 
 
 def test_E3_length_control_takes_away_what_length_alone_has_won():
     difference = np.random.default_rng(4).normal(5, 10, 2000)
     outcomes = (difference > 0).astype(float)
     assert outcomes.mean() > 0.65
-    assert length_controlled_win_rate(outcomes, 100 + difference, np.full(2000, 100)) == pytest.approx(0.5, abs=0.05)
+    rate, (low, high) = length_controlled_win_rate(outcomes, 100 + difference, np.full(2000, 100))
+    assert rate == pytest.approx(0.5, abs=0.05) and low < 0.5 < high
+
+
+@pytest.mark.parametrize(("differences", "told"), [
+    ([5] * 100, False), ([3, 4, 5, 6, 7] * 20, False), ([5] * 96 + [-5] * 4, False), ([5] * 95 + [-5] * 5, True), ([5] * 95 + [0] * 5, True),
+    ([0] * 100, True), ([0], True), ([1], False), ([-5] * 96 + [5] * 4, False)])
+def test_E3_where_one_side_is_always_longer_equal_length_cannot_be_told(differences, told):
+    outcomes = [float(d > 0) if d else 0.5 for d in differences]  # won by length alone
+    found = length_controlled_win_rate(outcomes, [20 + d for d in differences], [20] * len(differences))
+    assert (found is not None) == told
+
+
+def test_E3_the_interval_at_equal_length_holds_the_truth():
+    """In 95 of 100 draws of 200 prompts, or a few less or more."""
+    rng, held = np.random.default_rng(7), 0
+    for _ in range(400):
+        difference = rng.normal(3, 10, 200)
+        won = rng.random(200) < 1 / (1 + np.exp(-(0.5 + np.tanh(difference / 10))))
+        rate, (low, high) = length_controlled_win_rate(won.astype(float), 50 + difference, np.full(200, 50))
+        held += low <= 1 / (1 + math.exp(-0.5)) <= high
+    assert 0.92 <= held / 400 <= 0.98
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 500), st.integers(0, 500)), min_size=1, max_size=40))
 @settings(deadline=None)
 def test_E3_length_control_is_finite_and_mirrors(rows):
     outcomes, a, b = (np.array(column, dtype=float) for column in zip(*rows))
-    rate = length_controlled_win_rate(outcomes, a, b)
-    assert 0 < rate < 1
-    assert length_controlled_win_rate(1 - outcomes, b, a) == pytest.approx(1 - rate, abs=1e-6)
+    found, mirrored = length_controlled_win_rate(outcomes, a, b), length_controlled_win_rate(1 - outcomes, b, a)
+    assert (found is None) == (mirrored is None)
+    if found is not None:
+        rate, (low, high) = found
+        assert 0 <= low <= rate <= high <= 1 and 0 < rate < 1
+        assert mirrored[0] == pytest.approx(1 - rate, abs=1e-6)
+        assert mirrored[1] == pytest.approx((1 - high, 1 - low), abs=1e-6)
 
 
 def test_E3_length_control_of_all_wins_is_near_one():
     rng = np.random.default_rng(5)
-    assert 0.99 < length_controlled_win_rate(np.ones(500), rng.normal(30, 5, 500), rng.normal(30, 5, 500)) < 1
+    rate, (low, _) = length_controlled_win_rate(np.ones(500), rng.normal(30, 5, 500), rng.normal(30, 5, 500))
+    assert 0.99 < rate < 1 and low > 0.98
 
 
 def test_lengths_that_do_not_match_are_refused():
@@ -291,7 +320,7 @@ def test_what_cannot_be_summarised_is_refused():
         summarise(rows, "gold", POLICIES)
 
 
-def summary_of(rate, low, high, judge="gold", proxy_is_judge=False, controlled=None, **ppo):
+def summary_of(rate, low, high, judge="gold", proxy_is_judge=False, controlled=(0.7, 0.6, 0.8), order_flips=0, ties=0, **ppo):
     sft = {"gold_mean": 0.5, "proxy_mean": 0.0, "kl_mean": 0.0, "length_mean": 20.0, "eos_rate": 1.0, "distinct_2": 0.5}
     better = {"gold_mean": 0.8, "proxy_mean": 1.0, "kl_mean": 3.14, "length_mean": 18.6, "eos_rate": 0.99, "distinct_2": 0.48}
     row = {
@@ -299,7 +328,10 @@ def summary_of(rate, low, high, judge="gold", proxy_is_judge=False, controlled=N
         "b": "sft",
         "win_rate": rate,
         "ci95": [low, high],
-        "length_controlled_win_rate": rate if controlled is None else controlled,
+        "ties": ties,
+        "length_controlled_win_rate": controlled and controlled[0],
+        "length_controlled_ci95": controlled and [*controlled[1:]],
+        "order_flips": order_flips,
     }
     return {
         "judge": judge,
@@ -342,7 +374,11 @@ def test_E2_a_judge_that_trained_the_policy_is_said_first():
         ({"eos_rate": 0.95}, "PPO ends only 95.0 % of its answers by itself (SFT 100.0 %)"),
         ({"distinct_2": 0.39}, "repeats itself"),
         ({"kl_mean": 30.0}, "KL 30.0 nats is above 25"),
-        ({"controlled": 0.49}, "At equal length the win rate is 0.49"),
+        ({"controlled": (0.49, 0.4, 0.58)}, "At equal length the win rate is 0.49"),
+        ({"controlled": (0.55, 0.47, 0.63)}, "At equal length no difference is shown: 0.55 (0.47-0.63)"),
+        ({"controlled": None}, "PPO and SFT is nearly always the longer: what would be at equal length cannot be told"),
+        ({"order_flips": 251}, "The judge changed its verdict with the order of the answers on 251 of 500 prompts"),
+        ({"ties": 500}, "The judge called all 500 prompts ties"),
     ],
 )
 def test_each_mark_of_cheating_has_its_caveat(changed, words):

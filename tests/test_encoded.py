@@ -49,6 +49,19 @@ def test_rows_are_the_encoders_and_long_ones_are_left_out(path):
     assert len(demonstrations(path, ENCODER, 1, 1000)) == 0
 
 
+def test_some_rows_are_of_all_parts_of_a_file(tmp_path):
+    """The first of them may all come from one source."""
+    file = tmp_path / "data" / "prompts" / "test.jsonl"
+    write_jsonl(file, [{"prompt": [{"role": "user", "content": "Hi"}], "id": f"{'base' if n < 300 else 'mine'} {n}"} for n in range(600)])
+    rows = load_prompts(str(tmp_path), "test", ENCODER, 100)
+    picked = [row.id for row in rows.some(100)]
+    assert len(set(picked)) == 100 and picked == sorted(picked, key=lambda name: int(name.split()[1]))
+    assert 35 <= sum(name.startswith("base") for name in picked) <= 65  # 50 of 100 in the mean, 4.6 either way
+    assert [row.id for row in rows.some(100)] == picked
+    assert set(picked) < {row.id for row in rows.some(200)}
+    assert rows.some(600) == rows.some(1000) == rows[:]
+
+
 def test_batches_meet_without_a_seam(path, monkeypatch):
     whole = list(demonstrations(path, ENCODER, 1000, 1000))
     monkeypatch.setattr(encoded, "BATCH_ROWS", 2)

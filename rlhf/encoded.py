@@ -79,13 +79,14 @@ def encoded_rows(path: Path, encoder: Encoder, kind: str, recipe: Sequence, enco
     """
     next(read_jsonl(path), None)  # complains of a missing file
     folder = _tables(path) / _name(path, encoder, kind, recipe)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that want a table one makes it
-        if not folder.is_dir():
-            with replacing_folder(folder) as partial:
-                read = _write(partial / "rows.arrow", filter(wanted, read_jsonl(path)), kind, encode)
-                write_json(partial / "about.json", {"file": str(path), "kind": kind, "recipe": list(recipe), "read": read})
+    if not folder.is_dir():  # where it is there nothing is written: a finished run may lie on a disk that is read-only
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that want a table one makes it
+            if not folder.is_dir():
+                with replacing_folder(folder) as partial:
+                    read = _write(partial / "rows.arrow", filter(wanted, read_jsonl(path)), kind, encode)
+                    write_json(partial / "about.json", {"file": str(path), "kind": kind, "recipe": list(recipe), "read": read})
     return EncodedRows(folder, shape)
 
 

@@ -116,6 +116,17 @@ def test_several_at_once_make_one_table(path, written):
     assert len(written) == 1 and len(found) == 4 and all(rows == found[0] for rows in found)
 
 
+def test_a_table_that_is_there_is_read_without_a_word_written(path):
+    """A finished run on a read-only disk; root may write into folders of any mode, so the lock is looked for too."""
+    made, folder = list(demonstrations(path, ENCODER, 100, 100)), path.parent / "encoded"
+    (folder / ".lock").unlink()
+    folder.chmod(0o555)
+    try:
+        assert list(demonstrations(path, ENCODER, 100, 100)) == made and not (folder / ".lock").exists()
+    finally:
+        folder.chmod(0o755)
+
+
 def test_rows_that_are_not_wanted_do_not_count_as_read(path):
     def encode(rows):
         return [{"ids": [2], "length": 1} for _ in rows]

@@ -1,5 +1,6 @@
 """How a stage ends that fails in a way nobody foresaw: a crash report in its folder and three lines; and a disk that gives out."""
 
+import contextlib
 import errno
 import sys
 import traceback
@@ -15,7 +16,8 @@ MEMORY = {"collect": ("collect.batch_size",), "compare": ("compare.batch_size",)
 LAST_METRICS = 5  # lines of metrics.jsonl in a crash report
 DISK = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission is denied", errno.EPERM: "writing is not permitted", errno.EIO: "the disk reported an input/output error"}
-FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")  # as torch and safetensors put it
+FULL = ("No space left on device", "os error 28",  # as safetensors puts it
+        "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")  # as torch.save does, which has no errno to give
 
 
 def disk_trouble(error: BaseException, stage: Stage) -> TrainingStopped | None:
@@ -54,6 +56,8 @@ def report_crash(error: BaseException, stage: Stage) -> str:
         path.write_text(_text(error, stage), encoding="utf-8")
         where = f"{at}; traceback, settings, versions and last figures: {path}"
     except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)  # an empty one says nothing
         where = f"{at}; {path} could not be written:\n{''.join(traceback.format_exception(error))}"
     return (f"error: {stage.name} crashed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
             f"where: {where}\n"

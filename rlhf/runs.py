@@ -120,11 +120,13 @@ def open_stage(name: str, config: Config, parents: tuple[str, ...] = (), inputs:
     """
     run = Path(config.run.dir)
     digests = parent_digests(name, run, parents)
-    if is_main():
-        lock_run(run)
     stage = Stage(name, run / within / name, config, is_main())
+    _open[:] = [stage]  # before its first word is written, for which the disk may have no room
+    if stage.main:
+        lock_run(run)
     stage.begin(digests, inputs or {})
-    _open[:] = [] if stage.done else [stage]
+    if stage.done:
+        nothing_open()
     return stage
 
 

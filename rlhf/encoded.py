@@ -4,6 +4,7 @@ A table lies beside its file, in RUN/data/KIND/encoded/HASH/, or in the folder t
 share. While a table is made a thousand rows are in memory, later those that were asked for.
 """
 
+import errno
 import fcntl
 import hashlib
 import heapq
@@ -19,6 +20,7 @@ import pyarrow.compute
 from datasets import Dataset
 
 from rlhf.encoding import Encoder
+from rlhf.errors import InputError
 from rlhf.jsonl import read_jsonl, replacing_folder, write_json
 from rlhf.runs import file_digest
 
@@ -80,8 +82,7 @@ def encoded_rows(path: Path, encoder: Encoder, kind: str, recipe: Sequence, enco
     next(read_jsonl(path), None)  # complains of a missing file
     folder = _tables(path) / _name(path, encoder, kind, recipe)
     if not folder.is_dir():  # where it is there nothing is written: a finished run may lie on a disk that is read-only
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.parent / ".lock", "a") as lock:
+        with _lock_file(folder.parent) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that want a table one makes it
             if not folder.is_dir():
                 with replacing_folder(folder) as partial:
@@ -105,6 +106,18 @@ def demonstrations(path: Path, encoder: Encoder, max_prompt_tokens: int, max_com
 def _tables(path: Path) -> Path:
     shared = os.environ.get("RLHF_CACHE")
     return Path(shared) if shared else path.parent / "encoded"
+
+
+def _lock_file(tables: Path):
+    """The open file that is locked while a table is made. Raises InputError where nothing may be written."""
+    try:
+        tables.mkdir(parents=True, exist_ok=True)
+        return open(tables / ".lock", "a")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise InputError(f"{tables} holds no table for these settings yet and cannot be written ({error.strerror}); name a folder for such tables "
+                         "in the environment: RLHF_CACHE=FOLDER") from None
 
 
 def _name(path: Path, encoder: Encoder, kind: str, recipe: Sequence) -> str:

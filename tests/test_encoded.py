@@ -1,6 +1,8 @@
 """Tables of encoded rows: the rows that the encoder makes, kept on disk, made again when and only when they would differ."""
 
+import errno
 import json
+import os
 import threading
 
 import pytest
@@ -125,6 +127,16 @@ def test_a_table_that_is_there_is_read_without_a_word_written(path):
         assert list(demonstrations(path, ENCODER, 100, 100)) == made and not (folder / ".lock").exists()
     finally:
         folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.EROFS, InputError), (errno.EACCES, InputError), (errno.ENOSPC, OSError)])
+def test_a_table_that_may_not_be_made_is_refused_with_the_remedy_and_a_full_disk_is_not(path, monkeypatch, number, error):
+    def refused(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(encoded, "open", refused, raising=False)
+    with pytest.raises(error, match="RLHF_CACHE=FOLDER" if error is InputError else "No space left"):
+        demonstrations(path, ENCODER, 100, 100)
 
 
 def test_rows_that_are_not_wanted_do_not_count_as_read(path):

@@ -207,7 +207,9 @@ def load_config(path: str | None, overrides: list[str] | None = None) -> Config:
     """
     file = _find_config(path or "configs/quickstart.yaml")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        tree = _read_yaml(file.read_text(encoding="utf-8")) or {}
+    except _Repeated as error:
+        raise InputError(f"{file}: {error}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -215,6 +217,27 @@ def load_config(path: str | None, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         _apply_override(tree, override)
     return config_from_tree(tree, str(file))
+
+
+class _Repeated(yaml.YAMLError):
+    """A key that stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, where YAML itself would take the last value and forget the others."""
+
+    def compose_mapping_node(self, anchor):  # before a merge (<<) adds keys, which may stand here as well
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _Repeated(f"line {line}: {key.value} stands in line {lines[key.value]} already; keep one of the two, only the last would count")
+            lines[key.value] = line
+        return node
+
+
+def _read_yaml(text: str):
+    return yaml.load(text, _Loader)
 
 
 def config_from_tree(tree: dict, where: str) -> Config:
@@ -268,7 +291,9 @@ def _apply_override(tree: dict, override: str) -> None:
         if not isinstance(tree, dict):
             raise InputError(f"{override!r}: {section} is not a section of settings")
     try:
-        tree[key] = yaml.safe_load(text)
+        tree[key] = _read_yaml(text)
+    except _Repeated as error:
+        raise InputError(f"{override!r}: {error}") from None
     except yaml.YAMLError:
         raise InputError(f"{override!r}: the value is not readable as YAML") from None
 

@@ -180,6 +180,29 @@ def test_a_file_that_is_no_mapping_of_sections_is_refused_by_name(tmp_path, text
     assert str(file) in str(caught.value)
 
 
+@pytest.mark.parametrize(("text", "key", "line", "first"), [
+    ("ppo: {lr: 0.1}\nsft: {}\nppo: {clip: 0.3}\n", "ppo", 3, 1),
+    ("ppo:\n  lr: 0.1\n  clip: 0.3\n\n  # again\n  'lr': 0.2\n", "lr", 6, 2),
+    ("data:\n  mapping: {prompt: a, chosen: b,\n    prompt: c}\n", "prompt", 3, 2)])
+def test_what_stands_twice_is_refused_with_its_lines(tmp_path, text, key, line, first):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=f"line {line}: {key} stands in line {first} already") as caught:
+        load_config(str(file))
+    assert str(caught.value).startswith(f"{file}: ") and caught.value.exit_code == 2
+
+
+def test_what_stands_twice_in_an_override_is_refused():
+    assert "m:f stands in line 1 already" in (said := refusal("ppo.mix={m:f: 1, n:g: 2, m:f: 3}")) and "'ppo.mix=" in said
+
+
+def test_a_key_may_stand_beside_the_one_that_a_merge_brings(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("sft: &common {lr: 0.1, epochs: 2}\nreward: {<<: *common, lr: 0.2}\n")
+    reward = load_config(str(file)).reward
+    assert (reward.lr, reward.epochs) == (0.2, 2)
+
+
 def test_a_folder_or_bytes_in_place_of_a_file_are_refused(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     for path in (str(tmp_path / "x.yaml"), "configs"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from rlhf.errors import InputError
-from rlhf.paths import shipped
+from rlhf.paths import from_home, shipped
 
 
 def setting(default, help: str):  # noqa: A002 - "help" is the word --help uses
@@ -330,7 +330,8 @@ def _coerce(value, wanted, name: str, where: str):
         return [_coerce(v, typing.get_args(kind)[0], f"{name}[{i}]", where) for i, v in enumerate(entries)]
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         values_kind = typing.get_args(kind)[1]
-        return {str(k): str(v) if values_kind is str else _coerce(v, values_kind, f"{name}[{k}]", where) for k, v in value.items()}
+        path = from_home if name in PATHS else str
+        return {path(str(k)): str(v) if values_kind is str else _coerce(v, values_kind, f"{name}[{k}]", where) for k, v in value.items()}
     try:
         if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
             return float(value)
@@ -339,11 +340,12 @@ def _coerce(value, wanted, name: str, where: str):
     except (TypeError, ValueError, OverflowError):
         pass  # falls through to the one message below
     if kind in (str, bool) and isinstance(value, kind):
-        return value
+        return from_home(value) if name in PATHS else value
     label = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
     raise InputError(f"{where}: {name}: found {value!r}, wanted {label}{' or null' if type(None) in options else ''}")
 
 
+PATHS = ("run.dir", "model.init", "reward.init", "ppo.mix", "compare.judge")  # may begin with ~; those of `data` are looked up where they are read
 CHOICES = {
     "run.precision": ("auto", "bf16", "fp32"),
     "model.size": ("nano", "micro", "mini", "gpt2"),

@@ -1,5 +1,6 @@
 """Where the files that ship with the project lie: beside the package in a checkout, inside it after a plain install."""
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -12,3 +13,8 @@ def shipped(relative: str) -> Path:
         if path.exists():
             return path
     raise FileNotFoundError(f"{relative} does not ship with this installation of rlhf ({PACKAGE})")
+
+
+def from_home(path: str) -> str:
+    """`path` with the user's home folder for a leading ~, which shells leave as it is behind `section.key=`."""
+    return os.path.expanduser(path)

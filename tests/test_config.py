@@ -47,6 +47,15 @@ def test_values_take_the_type_of_their_setting(override, section, key, value):
     assert found == value and type(found) is type(value)
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("run.dir=~/runs/x", "model.init=~/models/a", "reward.init=~/b", "compare.judge=~/runs/y/reward/model",
+                  "ppo.mix={~/c: 1, m:f: 2, o/d: 3}")
+    assert (config.run.dir, config.model.init, config.reward.init) == ("/home/me/runs/x", "/home/me/models/a", "/home/me/b")
+    assert config.compare.judge == "/home/me/runs/y/reward/model" and config.ppo.mix == {"/home/me/c": 1, "m:f": 2, "o/d": 3}
+    assert load("run.dir=runs/~x", "model.init=a/~").run.dir == "runs/~x" and load().model.init is None
+
+
 def test_a_heading_with_nothing_below_it_is_an_empty_section(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("ppo:\nrun:\n")

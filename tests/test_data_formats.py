@@ -1038,3 +1038,11 @@ def test_a_date_that_python_cannot_tell_ends_with_the_file_named(tmp_path):
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(InputError, match="rows.parquet: not readable as Parquet"):
         converted(str(tmp_path / "rows.parquet"), "preferences")
+
+
+def test_a_source_may_begin_with_the_home_folder_and_nobodys_home_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, [{"prompt": "Hi?", "completion": "Ho."}])
+    assert len(list(read_rows("~/rows.jsonl"))) == 1
+    with pytest.raises(InputError, match="~nobody-of-this-name/rows.jsonl"):
+        list(read_rows("~nobody-of-this-name/rows.jsonl"))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rlhf.data.examples import DOCUMENT_CHARS
 from rlhf.errors import InputError
+from rlhf.paths import from_home
 
 SUFFIXES = {
     ".jsonl": "lines",
@@ -65,7 +66,7 @@ def parts_of(source: str) -> list[str]:
     """The files or data sets of a source, in the order of their names."""
     if not isinstance(source, str) or not source.strip():
         raise InputError(f"the source of the data is {source!r}; wanted a file, a folder, a pattern or a hub id")
-    path = Path(source).expanduser()
+    path = Path(from_home(source))
     if path.is_dir():
         return _files_in(path)
     if path.exists():

@@ -159,7 +159,8 @@ def is_main() -> bool:
 
 
 def lock_run(run: Path) -> None:
-    """Holds RUN/.lock until this process ends; the system frees it even after kill -9, so a lock is never stale. Raises InputError."""
+    """Holds RUN/.lock until this process ends. The system frees it even after kill -9, and forked processes give up their share of it at once
+    (_close_locks), so a lock is never stale. Raises InputError."""
     run = run.resolve()
     if run in _locks:
         return
@@ -177,6 +178,16 @@ def lock_run(run: Path) -> None:
     file.write(str(os.getpid()))
     file.flush()
     _locks[run] = file
+
+
+def _close_locks() -> None:
+    """In a process forked from one that holds locks: what is open in both would stay locked until both have ended."""
+    for file in _locks.values():
+        file.close()  # the parent's lock stays; unlocking would take it away
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def file_digest(path: Path) -> str:

@@ -1,6 +1,11 @@
 """All kinds from one reading of a file: the rows, drops and errors of `convert` for each kind, however many processes share the work."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 from itertools import chain
 
 import pytest
@@ -8,6 +13,7 @@ import pytest
 from rlhf.data import KINDS, Report, bulk, convert, split_of
 from rlhf.errors import InputError
 from rlhf.jsonl import json_line
+from rlhf.runs import lock_run
 from tests.test_data_formats import PREFERENCE_SAMPLES, write
 
 SHARES = dict.fromkeys(KINDS, (0.2, 0.2)) | {"text": (0.1, 0.0)}
@@ -112,3 +118,43 @@ def test_a_source_that_gives_nothing_is_refused(tmp_path):
     path = write(tmp_path, [{"prompt": "Hi?", "chosen": "same", "rejected": "same"}])
     with pytest.raises(InputError, match="line 1: none of the 1 rows"):
         in_bulk(path)
+
+
+LARGE_PREPARE = """
+import multiprocessing, sys
+from rlhf.data import Report, bulk
+from rlhf.runs import lock_run
+from pathlib import Path
+
+lock_run(Path(sys.argv[1]))
+bulk.BATCH_ROWS, bulk.ALONE = 10, 2
+made = bulk.convert_all(sys.argv[2], {"preferences": Report(sys.argv[2], "preferences")}, None, {"preferences": (0.2, 0.2)}, False, 2)
+next(pieces for pieces in made if multiprocessing.active_children())  # the pool has given its first
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no pool is forked")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_when_prepare_is_killed_its_pool_ends_too_and_the_run_is_free(tmp_path, how):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(awkward_lines(2000)))
+    main = subprocess.Popen([sys.executable, "-c", LARGE_PREPARE, tmp_path / "run", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    pool = [int(pid) for pid in main.stdout.readline().split()]
+    try:
+        assert len(pool) == 2
+        main.send_signal(how)
+        assert main.wait() == -how
+        try:
+            main.communicate(timeout=30)  # standard output ends with the last process that holds it
+        except subprocess.TimeoutExpired:
+            pytest.fail("the pool outlives the process that forked it")
+        lock_run(tmp_path / "run")
+    finally:
+        main.kill()
+        for pid in pool:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        main.communicate()

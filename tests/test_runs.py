@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -261,6 +262,39 @@ def test_a_run_that_another_process_works_on_is_refused_by_its_pid_and_free_afte
         other.stdin.close()
         other.stdout.close()
     open_stage("prepare", config)  # kill -9 leaves no stale lock
+
+
+FORKED = """
+import os, sys, time
+from pathlib import Path
+from rlhf.runs import lock_run
+
+lock_run(Path(sys.argv[1]))
+child = os.fork()
+if child:
+    sys.stdin.read()
+else:
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_forked_process_neither_frees_the_lock_nor_keeps_it_when_its_parent_is_killed(config):
+    """The workers of a pool may live for a moment after kill -9 of the process that forked them."""
+    run = config.run.dir
+    parent = subprocess.Popen([sys.executable, "-c", FORKED, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    child = int(parent.stdout.readline())
+    try:
+        assert f"process {parent.pid} works on this run" in refusal("prepare", config)
+        parent.kill()
+        parent.wait()
+        os.kill(child, 0)  # raises where it is gone
+        open_stage("prepare", config)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.kill()
+        parent.communicate()
 
 
 def test_a_process_may_open_its_own_run_again(config):

@@ -6,7 +6,9 @@ of rows, eight bytes for each different prompt, and the numbers of dropped lines
 """
 
 import multiprocessing
+import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -97,7 +99,7 @@ def _in_order(work: Callable, batches: Iterator, processes: int) -> Iterator:
     first = next(batches, None)
     if first is None:
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _end_with_parent) as pool:
         waiting = deque([pool.submit(work, first)])
         for batch in batches:
             waiting.append(pool.submit(work, batch))
@@ -105,6 +107,15 @@ def _in_order(work: Callable, batches: Iterator, processes: int) -> Iterator:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that forked it is gone, killed perhaps: otherwise it would wait for batches for ever."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _convert_lines(convert: Callable, mapping: dict[str, str] | None, lines: list[tuple[int, bytes | None]]) -> dict[str, Piece]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from rlhf.config import Config, config_to_tree
+from rlhf.contents import contents
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import replacing, write_json
 from rlhf.metrics import check_names
@@ -97,7 +98,7 @@ class Stage:
         self._manifest = {
             "stage": self.name, "fingerprint": _fingerprint(self.name, self.config, parents, inputs), "seed": self.config.seed,
             "commit": source_commit(), "versions": versions(), "parents": parents, "inputs": inputs, "command": " ".join(sys.argv),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")), "contents": contents(self.name, self.config),
         }
         old = self.folder / "manifest.json"
         if old.is_file():
@@ -245,7 +246,9 @@ def _fingerprint(name: str, config: Config, parents: dict, inputs: dict) -> str:
 
 
 def _refuse_other_experiment(stage: Stage, old: dict) -> None:
-    if old.get("fingerprint") == stage._manifest["fingerprint"]:
+    before = old.get("contents", {})  # runs of earlier versions noted none
+    replaced = [name for name, digest in stage._manifest["contents"].items() if before.get(name, digest) != digest]
+    if old.get("fingerprint") == stage._manifest["fingerprint"] and not replaced:
         return
     if {path.name for path in stage.folder.iterdir()} <= {"config.yaml", "manifest.json", "crash.txt"}:
         return  # a start that came to nothing, say over a mistyped file name: there is no work to protect
@@ -254,6 +257,7 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
     changes = [f"the finished stage {p} has changed since" for p, d in stage._manifest["parents"].items() if old.get("parents", {}).get(p) != d]
     inputs, before = stage._manifest["inputs"], old.get("inputs", {})
     changes += [f"the input {p} {'has changed since' if p in inputs else 'is gone'}" for p in {**inputs, **before} if inputs.get(p) != before.get(p)]
+    changes += [f"what {name} names has changed since" for name in replaced]
     now, new = config_to_tree(stage.config), config_to_tree(Config())  # a setting that did not exist then had the effect of its default
     for entry in ("seed", *READS[stage.name]):
         section, _, key = entry.partition(".")
@@ -267,7 +271,8 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
     if saved and not changes:
         return
     raise InputError(f"{stage.folder} holds another experiment: {'; '.join(changes) or 'its settings differ'}. Nothing was written. "
-                     f"Name another folder with run.dir=..., or delete {stage.folder} and the stages after it")
+                     f"{'Put back what was there, name' if replaced else 'Name'} another folder with run.dir=..., or delete {stage.folder} and the "
+                     "stages after it")
 
 
 def _refuse_other_processes(stage: Stage, old: dict) -> None:

@@ -148,7 +148,7 @@ def test_when_prepare_is_killed_its_pool_ends_too_and_the_run_is_free(tmp_path, 
         main.send_signal(how)
         assert main.wait() == -how
         try:
-            main.communicate(timeout=30)  # standard output ends with the last process that holds it
+            main.communicate(timeout=15)  # standard output ends with the last process that holds it
         except subprocess.TimeoutExpired:
             pytest.fail("the pool outlives the process that forked it")
         lock_run(tmp_path / "run")

@@ -20,12 +20,17 @@ WHOLE = 64 * 2**20  # bytes; of a larger file so many blocks are read, in millis
 BLOCKS, BLOCK = 256, 16 * 2**10  # training moves all weights: another model of the same shape differs in every block but the header's
 
 
+def is_function(name: str) -> bool:
+    """True for module:function, false for a folder or hub id."""
+    return ":" in name and not Path(name).is_dir()
+
+
 def contents(stage: str, config: Config) -> dict[str, str]:
     """setting=name -> digest, of the local models and functions that a stage reads by name; what cannot be read has none (loading it will say so)."""
     found = {}
     for setting, name in _named(stage, config):
         with contextlib.suppress(OSError, InputError):
-            digest = model_digest(Path(name)) or (_function_digest(name, setting) if ":" in name else None)
+            digest = model_digest(Path(name)) or (_function_digest(name, setting) if is_function(name) else None)
             found |= {f"{setting}={name}": digest} if digest else {}
     return found
 

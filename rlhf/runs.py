@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from rlhf.config import Config, config_to_tree
-from rlhf.contents import contents
+from rlhf.contents import contents, is_function
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import replacing, write_json
 from rlhf.metrics import check_names
@@ -247,7 +247,8 @@ def _fingerprint(name: str, config: Config, parents: dict, inputs: dict) -> str:
 
 def _refuse_other_experiment(stage: Stage, old: dict) -> None:
     before = old.get("contents", {})  # runs of earlier versions noted none
-    replaced = [name for name, digest in stage._manifest["contents"].items() if before.get(name, digest) != digest]
+    replaced = [name for name, digest in stage._manifest["contents"].items() if before.get(name, digest) != digest
+                and not (stage.done and is_function(name))]  # whose file may have got another function since
     if old.get("fingerprint") == stage._manifest["fingerprint"] and not replaced:
         return
     if {path.name for path in stage.folder.iterdir()} <= {"config.yaml", "manifest.json", "crash.txt"}:

@@ -13,6 +13,7 @@ from typing import SupportsFloat
 
 import torch
 
+from rlhf.contents import is_function
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad
@@ -95,11 +96,6 @@ class MixScorer:
     def __call__(self, prompts, completions, policy_encoder) -> torch.Tensor:
         scores_SB = torch.stack([weight * scorer(prompts, completions, policy_encoder) for weight, scorer in self.sources])
         return scores_SB.sum(0)
-
-
-def is_function(name: str) -> bool:
-    """True for module:function, false for a folder or hub id."""
-    return ":" in name and not Path(name).is_dir()
 
 
 def _imported(name: str, named: str) -> Callable:

@@ -19,6 +19,7 @@ from rlhf.cli import run_stage
 from rlhf.comparison import BEST_OF, COOLED, SANITY, PairJudge, summarise, verdict, verdicts
 from rlhf.compute import describe, gather_rows, my_share, start
 from rlhf.config import RANGES, Config
+from rlhf.contents import is_function
 from rlhf.errors import InputError
 from rlhf.in_context import draw_tasks, in_context_scores, summarise_in_context, tasks_that_fit
 from rlhf.jsonl import read_jsonl, write_json, write_jsonl
@@ -29,7 +30,7 @@ from rlhf.prompts import Prompt, gold_scores, load_prompts
 from rlhf.report import write_report
 from rlhf.runs import open_stage, source_commit, versions
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.scoring import CallableJudge, Scorer, is_function, load_scorer, member_folders
+from rlhf.scoring import CallableJudge, Scorer, load_scorer, member_folders
 from rlhf.workers import workers_for
 
 NAMES = re.compile(rf"pretrained|sft|sft_again|untrained|ppo|ppo_last|{BEST_OF.pattern}|{COOLED.pattern}|round_\d+/ppo")

@@ -70,8 +70,11 @@ def test_what_changed_behind_a_setting_is_refused_by_its_name_until_it_is_put_ba
         shutil.copytree(kept / name, place / name, dirs_exist_ok=True) if name == "models" else shutil.copy(kept / name, place / name)
     opened(stage, override).finish()
     change(place)
-    with pytest.raises(InputError, match="names has changed since"):
-        opened(stage, override)
+    if change is edit_function:
+        assert opened(stage, override).done  # the file may have got another function since
+    else:
+        with pytest.raises(InputError, match="names has changed since"):
+            opened(stage, override)
 
 
 @pytest.mark.parametrize(("stage", "override"), [

@@ -33,10 +33,9 @@ ALARMS = (
           "the answers repeat themselves (distinct-2 {distinct_2:.2f})", "raise ppo.kl_coef; read the rollouts for what the reward model overrates"),
     Alarm("kl", lambda now, first: now["kl"] > 25.0,
           "the policy is far from the SFT model (KL {kl:.0f} nats a completion)", "raise ppo.kl_coef, or set ppo.kl_target"),
-    Alarm("length_mean", lambda now, first: now["length_mean"] > 2.0 * first["length_mean"],
-          "the answers grow and grow ({length_mean:.0f} tokens on average)", "raise ppo.kl_coef; the reward model may like mere length"),
-    Alarm("length_mean", lambda now, first: now["length_mean"] < 0.5 * first["length_mean"],
-          "the answers shrink ({length_mean:.0f} tokens on average)", "raise ppo.kl_coef; ending may be all that pays (ppo.missing_eos_score)"),
+    Alarm("length_mean", lambda now, first: not 0.5 <= now["length_mean"] / first["length_mean"] <= 2.0,
+          "the length runs away ({length_mean:.0f} tokens on average, {first[length_mean]:.0f} at the start)",
+          "raise ppo.kl_coef; what is paid may be length for its own sake, or ending (ppo.missing_eos_score)"),
     Alarm("skipped_steps", lambda now, first: now["skipped_steps"] > 0,
           "{skipped_steps} optimizer steps had no finite gradient and were left out", "lower ppo.lr; look at the rollout's prompts and scores"),
 )
@@ -47,7 +46,7 @@ def ringing(now: dict, first: dict) -> list[tuple[str, str]]:
 
     Every alarm bears the name of its figure; a figure that is missing or null rings nothing.
     """
-    found = [(a.name, f"{a.says.format(**now)}; {a.advice}") for a in ALARMS
+    found = [(a.name, f"{a.says.format(**now, first=first)}; {a.advice}") for a in ALARMS
              if now.get(a.name) is not None and first.get(a.name) is not None and a.rings(now, first)]
     if now is first and abs(now["kl"]) > KL_AT_START:
         found.append(("kl_at_start", f"KL to the SFT model is {now['kl']:.4f} before anything was learned (CANON A2); report a bug"))

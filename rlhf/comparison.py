@@ -187,7 +187,7 @@ def length_controlled_win_rate(
     feature = np.tanh(difference / (difference.std() or 1.0))
     weights, covariance = _logistic_fit(np.stack([np.ones_like(feature), feature], axis=1), target)
     rate = float(_sigmoid(weights[0]))
-    return rate, _wilson(rate, 1 / (rate * (1 - rate) * covariance[0, 0]))
+    return rate, _wilson(rate, float(1 / (rate * (1 - rate) * covariance[0, 0])))
 
 
 def _sigmoid(x):

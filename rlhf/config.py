@@ -137,7 +137,7 @@ class Ppo:
     clip: float = setting(0.2, "half-width of the ratio clip")
     value_clip: float = setting(0.2, "half-width of the value clip around the old value")
     value_coef: float = setting(0.1, "weight of the value loss")
-    value_model: str = setting("separate", "separate: its own network started from the reward model; shared: a head on the policy's trunk")
+    value_model: str = setting("separate", "separate: its own network on the reward model's trunk; shared: a head on the policy's trunk")
     whiten_rewards: bool = setting(False, "scale the per-token rewards to variance 1, keeping their mean")
     max_grad_norm: float = setting(1.0, "gradient clipping, each network by itself")
     target_kl: float | None = setting(None, "stop the epochs of a rollout when approximate KL to the old policy passes this; null: never")
@@ -164,7 +164,8 @@ class Compare:
                                   "weights where ppo.ema_decay is set), round_N/ppo (that of an earlier round)")
     prompts: int = setting(500, "held-out prompts")
     judge: str = setting("auto", "gold, judge (a reward model of its own on kept-apart prompts), proxy, a reward model's folder, or "
-                               "module:function, a judge f(prompt, first, second) -> above 0 where first is better; auto: the first at hand")
+                               "module:function, a judge f(prompt, first, second) -> above 0 where first is better, below 0 where second is; "
+                               "auto: the first at hand")
     temperature: float = setting(1.0, "sampling temperature of every policy but sft_at_T")
     batch_size: int = setting(500, "completions sampled together")
     shots: list[int] = setting([], "solved examples in front of tasks of the embedded world, such as [0, 1, 4]: how each policy learns in context")
@@ -228,7 +229,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor):  # before a merge (<<) adds keys, which may stand here as well
         node, lines = super().compose_mapping_node(anchor), {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"):
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise _Repeated(f"line {line}: {key.value} stands in line {lines[key.value]} already; keep one of the two, only the last would count")

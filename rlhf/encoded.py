@@ -60,8 +60,9 @@ class EncodedRows(Sequence):
 
     def some(self, count: int) -> list:
         """`count` rows (or all there are) in their order, picked by a hash of their ids: the first rows of a file may be all of one source."""
-        picked = heapq.nsmallest(count, enumerate(self.table["id"]), key=lambda row: hashlib.sha256(f"some {row[1]}".encode()).digest())
-        return self[sorted(place for place, _ in picked)]
+        ids = self.table.data.column("id").to_pylist()
+        picked = heapq.nsmallest(count, range(len(ids)), key=lambda place: hashlib.sha256(f"some {ids[place]}".encode()).digest())
+        return self[sorted(picked)]
 
     def largest(self, column: str) -> int:
         """The largest number of a column; 0 without rows."""

@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from rlhf.models import add_lora, attention_kernel, compile_blocks, hold_for_pro
 from rlhf.passes import PolicyAndValue, make_rows
 from rlhf.ppo import UpdateSettings, update
 from rlhf.prompts import Prompt
-from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference, rise_to_returns
+from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference, shift_to_returns
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableScorer, RewardModelScorer, Scorer, load_scorer, member_folders, with_missing_eos, with_mix
 from rlhf.sharding import whole
@@ -97,10 +98,15 @@ class Learner:
         return rollout
 
     def learn(self, rollout: Rollout, step: int, ptx_rows=(), after_step=None, on_skip=None) -> dict:
-        """Figures of the update that follows rollout number `step` (from 0); the rest as rlhf/ppo.py: update."""
+        """Figures of the update that follows rollout number `step` (from 0); the rest as rlhf/ppo.py: update.
+
+        The first puts the values where its returns are, and learns from the rollout so revalued.
+        """
         if step == 0:  # a value model that is off by as much everywhere would teach to end at once, or never
-            rollout, offset = rise_to_returns(rollout, self.config.ppo.gamma, self.config.ppo.lam)
-            self.accelerator.unwrap_model(self.model).value_model.offset.fill_(offset)
+            shifted, offset = shift_to_returns(rollout, self.config.ppo.gamma, self.config.ppo.lam)
+            if math.isfinite(offset):  # CANON A4
+                rollout = shifted
+                self.accelerator.unwrap_model(self.model).value_model.offset.fill_(offset)
         with self.clock("update"):
             return update(self.accelerator, self.model, self.optimizer, rollout, update_settings(self.config.ppo, step), self.encoder.pad_id,
                           seed=self.config.seed * 1_000_003 + step, ptx_rows=ptx_rows, after_step=after_step, workers=self.workers,

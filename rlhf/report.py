@@ -86,7 +86,7 @@ def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], t
     slots = charts.slots_of(list(summary["policies"]))
     real = {name: slot for name, slot in slots.items() if name not in SANITY}  # the others are there for one figure
     columns = _columns(summary)
-    drawn = {name: _by_rollouts_learned_from(rows) if name.startswith("ppo") else rows for name, rows in curves.items()}
+    drawn = {name: _by_rollouts_before(rows) if name.startswith("ppo") else rows for name, rows in curves.items()}
     shown = [_sample(row, summary, real) for row in pick_samples(samples, summary)]
     return {
         "title": title,
@@ -138,7 +138,7 @@ def _policy_rows(summary: dict, columns: list[tuple], slots: dict[str, str]) -> 
 
 
 def _comparison_row(row: dict, slots: dict[str, str]) -> dict:
-    low, high = row["ci95"]
+    (low, high), held = row["ci95"], row.get("length_controlled_ci95")
     return {
         "a": label(row["a"]),
         "b": label(row["b"]),
@@ -151,7 +151,7 @@ def _comparison_row(row: dict, slots: dict[str, str]) -> dict:
         "at": f"{100 * row['win_rate']:.2f}%",
         "counts": f"{row['wins']} / {row['ties']} / {row['losses']}",
         "decided": _number(row.get("decided_win_rate"), 3),
-        "controlled": _number(row["length_controlled_win_rate"], 3),
+        "controlled": _number(row["length_controlled_win_rate"], 3) + ("" if held is None else f" ({held[0]:.3f}-{held[1]:.3f})"),
     }
 
 
@@ -212,8 +212,8 @@ def _finite(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _by_rollouts_learned_from(rows: list[dict]) -> list[dict]:
-    """PPO's rows, each at the number of rollouts that its policy had learned from, so that one place on the axis is one policy.
+def _by_rollouts_before(rows: list[dict]) -> list[dict]:
+    """PPO's rows, each at the number of rollouts before its policy, so that one place on the axis is one policy.
 
     A row is logged after its step: what was sampled in it, for training or to evaluate, came from the policy before that step. The closing
     row has held-out figures alone, of the policy at the end.
@@ -229,7 +229,7 @@ def _stage(name: str, rows: list[dict]) -> dict:
     """A stage's charts: those panels that have a curve, of two points or more. A later round (``ppo_2``) looks like the first."""
     base, _, round_ = re.sub(r"[^A-Za-z0-9]+", "_", name).partition("_")
     title = STAGE_TITLES.get(base, name) + (f", round {round_}" if base in STAGE_TITLES and round_ else "")
-    axis = "rollouts learned from" if base == "ppo" else "step"
+    axis = "rollouts before" if base == "ppo" else "step"
     found = []
     for number, (panel, keys, reference) in enumerate(PANELS):
         lines = [_line(how, points, STAGE_SLOTS.get(base, "extra-3")) for key, how in keys.items() if (points := _figures(rows, key))]
@@ -285,7 +285,7 @@ def _gao_curve(rows: list[dict], keys: tuple[str, str, str], prompts: str, marks
     title = "Reward and gold score against the square root of KL along PPO training"
     lines = [charts.Series("Reward (proxy)", distance, proxy, "ppo"), charts.Series("Gold score", distance, gold, "ppo")]
     best = max(range(len(gold)), key=gold.__getitem__)
-    peak = f"Gold was highest after {rows[best]['step']} rollouts ({gold[best]:.2f}, KL {kl[best]:.1f} nats) and ended at {gold[-1]:.2f}."
+    peak = f"Gold was highest after rollout {rows[best]['step']} ({gold[best]:.2f}, KL {kl[best]:.1f} nats) and ended at {gold[-1]:.2f}."
     return {"svg": Markup(charts.over_optimisation("over-optimisation", title, *lines, marks)), "prompts": prompts, "peak": peak}
 
 
@@ -364,7 +364,8 @@ def _method(summary: dict) -> list[str]:
         *([f"The reward model {judge_on_pairs(proxy)}."] if proxy and proxy != held_out else []),
         "A win counts 1, a tie one half, a loss 0. The interval of their mean holds 95 % (Wilson's score interval, its variance lowered by ties).",
         "The interval speaks of other prompts, not of other training seeds.",
-        "At equal length: a logistic regression of the outcome on the length difference, read at difference 0.",
+        "At equal length: a logistic regression of the outcome on the length difference, read at difference 0, and its 95 % interval; – where one "
+        "side is nearly always the longer, which tells nothing of equal length.",
         f"Both orders of presentation: {flips} verdicts changed with the order and count as ties."
         if flips
         else "Order of presentation: no verdict changed with it (a judge that scores one answer at a time sees no order).",

@@ -103,8 +103,8 @@ def _advantages(rewards_BC, values_BC, mask_BC, gamma: float, lam: float) -> tup
     return whiten(advantages_BC, mask_BC, moments(advantages_BC, mask_BC)), returns_BC
 
 
-def rise_to_returns(rollout: Rollout, gamma: float, lam: float) -> tuple[Rollout, float]:
-    """The rollout as if its values had been higher by what they lack, on average, of the rewards that followed; and by how much."""
+def shift_to_returns(rollout: Rollout, gamma: float, lam: float) -> tuple[Rollout, float]:
+    """The rollout as if its values had been shifted by what they lack, on average, of the rewards that followed; and by how much."""
     returns_BC = gae(rollout.rewards_BC, torch.zeros_like(rollout.values_BC), rollout.mask_BC, gamma, 1.0)[1]
     offset = masked_mean(returns_BC - rollout.values_BC, rollout.mask_BC).item()
     values_BC = torch.where(rollout.mask_BC, rollout.values_BC + offset, 0.0)

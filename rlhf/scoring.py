@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import SupportsFloat
 
 import torch
 
@@ -157,12 +156,22 @@ class CallableJudge:
         question = (messages[-1]["content"], first, second)
         if question not in self._said:
             answer = _called(self.function, self.named, *question)
-            number = float(answer) if isinstance(answer, SupportsFloat) and not isinstance(answer, bool) else math.nan
-            if not math.isfinite(number):  # True and False would each be a tie: one order says the first, the other nobody
+            number = _as_number(answer)
+            if not math.isfinite(number):
                 raise InputError(f"{self.named}, which returned {answer!r}; wanted a number, above 0 where the first answer is better and below 0 "
                                  "where the second is")
             self._said[question] = number
         return self._said[question]
+
+
+def _as_number(answer) -> float:
+    """NaN for what is none, and for True and False: each would be a tie, as one order says the first and the other nobody."""
+    if isinstance(answer, (str, bool)) or "bool" in str(getattr(answer, "dtype", "")):
+        return math.nan
+    try:
+        return float(answer)
+    except (TypeError, ValueError, RuntimeError):  # of an array or tensor of several numbers
+        return math.nan
 
 
 def member_folders(stage: Path, members: int) -> list[Path]:

@@ -23,8 +23,8 @@ def new_value_model(kind: str, policy, encoder: Encoder, reward_folders: list[Pa
     if reward_folders and load_encoder(str(reward_folders[0]), trust).fingerprint() == encoder.fingerprint():
         reward_model = load_reward_model(str(reward_folders[0]), encoder, attention, trust)
         if hasattr(reward_model, "score"):
-            # DEPARTS: IG and N+ keep its head too. That has read finished answers alone, and what it says of unfinished ones is mostly noise:
-            # its mean was 3.6 off, which taught the policy to end at once (configs/EXPERIMENTS.md)
+            # DEPARTS: P6 keeps its head too (IG, N+ 22), which has read finished answers alone. What it says of unfinished ones is mostly noise, and
+            # was 3.6 off on average, which taught the policy to end at once (configs/EXPERIMENTS.md)
             return ValueModel(_trunk(add_lora(reward_model, *lora, "SEQ_CLS")), head)
     return ValueModel(_trunk(add_lora(load_policy(str(sft), encoder, attention, trust), *lora, "CAUSAL_LM")), head)
 

@@ -18,7 +18,7 @@ import torch
 from rlhf.cli import run_stage
 from rlhf.compute import describe, on_cpu, peak_memory_mb, precision, start
 from rlhf.config import Config
-from rlhf.data.shortcuts import Pair, words_learned
+from rlhf.data.shortcuts import MIN_PROMPTS, Pair, words_learned
 from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
@@ -174,7 +174,7 @@ def _measure(stage: Stage, config: Config, accelerator, encoder: Encoder, folder
     figures, on_train = _figures(held_out, scores[seen:], config.reward.ties), _figures(rows[:seen], scores[:seen], config.reward.ties)
     if figures is not None:
         answers_each = train.items_in("completions") / len(train)
-        read = train.some(round(WORD_PAIRS / (answers_each * (answers_each - 1) / 2)))
+        read = train.some(max(MIN_PROMPTS, round(WORD_PAIRS / (answers_each * (answers_each - 1) / 2))))
         words = words_learned(_pairs(read, encoder), _pairs(held_out[:], encoder))
         figures |= {"bag_of_words_accuracy": words and words.value, "bag_of_words_ci95": words and [words.low, words.high]}
     steps = count_steps(len(train), config.reward.batch_size, config.reward.epochs)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from rlhf import in_context, world
@@ -61,6 +62,14 @@ def says_whether(prompt, first, second):
 
 def says_nan(prompt, first, second):
     return float("nan")
+
+
+def says_it_in_numpy(prompt, first, second):
+    return np.float64(len(first)) > len(second)
+
+
+def says_two(prompt, first, second):
+    return np.array([1.0, 2.0])
 
 
 def test_E1_E5_the_average_the_last_weights_a_second_draw_and_an_untrained_model_answer_the_same_prompts(run):
@@ -207,7 +216,8 @@ def test_E3_a_function_that_likes_the_first_place_decides_nothing(run):
     assert (summary["comparisons"][0]["ties"], summary["comparisons"][0]["order_flips"]) == (12, 12)
 
 
-@pytest.mark.parametrize(("judge", "said"), [("says_words", "'the first'"), ("says_whether", "(True|False)"), ("says_nan", "nan")])
+@pytest.mark.parametrize(("judge", "said"), [("says_words", "'the first'"), ("says_whether", "(True|False)"), ("says_nan", "nan"),
+                                               ("says_it_in_numpy", "(np.True_|np.False_)"), ("says_two", "array.*")])
 def test_E3_a_judge_that_says_no_number_is_refused(run, judge, said):
     """A bool would be a tie whatever it is: the order decides each."""
     with pytest.raises(InputError, match=f"compare.judge names .* returned {said}; wanted a number, above 0 .* and below 0"):

@@ -320,7 +320,8 @@ def test_what_cannot_be_summarised_is_refused():
         summarise(rows, "gold", POLICIES)
 
 
-def summary_of(rate, low, high, judge="gold", proxy_is_judge=False, controlled=(0.7, 0.6, 0.8), order_flips=0, ties=0, **ppo):
+def summary_of(rate, low, high, judge="gold", proxy_is_judge=False, controlled=(0.7, 0.6, 0.8), order_flips=0, ties=0,
+               best_of_4=False, **ppo):
     sft = {"gold_mean": 0.5, "proxy_mean": 0.0, "kl_mean": 0.0, "length_mean": 20.0, "eos_rate": 1.0, "distinct_2": 0.5}
     better = {"gold_mean": 0.8, "proxy_mean": 1.0, "kl_mean": 3.14, "length_mean": 18.6, "eos_rate": 0.99, "distinct_2": 0.48}
     row = {
@@ -337,7 +338,7 @@ def summary_of(rate, low, high, judge="gold", proxy_is_judge=False, controlled=(
         "judge": judge,
         "proxy_is_judge": proxy_is_judge,
         "n_prompts": 500,
-        "policies": {"sft": sft, "ppo": better | ppo},
+        "policies": {"sft": sft, "ppo": better | ppo} | ({"best_of_4": better} if best_of_4 else {}),
         "comparisons": [row],
     }
 
@@ -360,6 +361,12 @@ def test_an_interval_that_just_clears_one_half_is_printed_so():
     assert "0.503-0.567" in headline(summary_of(0.535, 0.503, 0.567))
 
 
+@pytest.mark.parametrize(("judge", "named"), [("gold", "the gold score"), ("judge", "the independent judge"), ("proxy", "the run's reward model"),
+                                              ("my:f", "the judge my:f")])
+def test_the_headline_names_the_judge(judge, named):
+    assert f"by {named}, at KL" in headline(summary_of(0.74, 0.71, 0.77, judge=judge))
+
+
 def test_E2_a_judge_that_trained_the_policy_is_said_first():
     text = verdict(summary_of(0.74, 0.71, 0.77, judge="reward model", proxy_is_judge=True))
     assert text.startswith("Judged by the very reward that PPO was trained on")
@@ -379,6 +386,7 @@ def test_E2_a_judge_that_trained_the_policy_is_said_first():
         ({"controlled": None}, "PPO and SFT is nearly always the longer: what would be at equal length cannot be told"),
         ({"order_flips": 251}, "The judge changed its verdict with the order of the answers on 251 of 500 prompts"),
         ({"ties": 500}, "The judge called all 500 prompts ties"),
+        ({"judge": "proxy", "best_of_4": True}, "Best of N was chosen by this judge"),
     ],
 )
 def test_each_mark_of_cheating_has_its_caveat(changed, words):

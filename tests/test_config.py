@@ -205,6 +205,12 @@ def test_what_stands_twice_in_an_override_is_refused():
     assert "m:f stands in line 1 already" in (said := refusal("ppo.mix={m:f: 1, n:g: 2, m:f: 3}")) and "'ppo.mix=" in said
 
 
+def test_two_merges_are_merged(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("sft: &a {lr: 0.1}\nreward: &b {epochs: 2}\nppo:\n  <<: *a\n  <<: *b\n")
+    assert (load_config(str(file)).ppo.lr, load_config(str(file)).ppo.epochs) == (0.1, 2)
+
+
 def test_a_key_may_stand_beside_the_one_that_a_merge_brings(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("sft: &common {lr: 0.1, epochs: 2}\nreward: {<<: *common, lr: 0.2}\n")

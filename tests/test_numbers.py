@@ -90,7 +90,7 @@ PLACES = {  # name: (stage, module, attribute, call that is spoiled when one is)
     "logits": ("ppo", rlhf.passes, "output_logprobs", 3),  # after policy and reference on held-out prompts
     "reference logits": ("ppo", rlhf.passes, "output_logprobs", 4),
     "value": ("ppo", rlhf.passes.ValueModel, "forward", 2),
-    "advantages": ("ppo", rlhf.rollout, "gae", 2),
+    "advantages": ("ppo", rlhf.rollout, "gae", 4),  # after the held-out prompts, the rollout, and its returns for where the values start
     "policy loss": ("ppo", rlhf.ppo, "policy_loss", 2),
     "value loss": ("ppo", rlhf.ppo, "value_loss", 2),
     "ptx loss": ("ppo", rlhf.ppo, "language_model_loss", 2),

@@ -407,11 +407,11 @@ def test_axis_labels_keep_their_digits(tmp_path):
 def test_gold_against_proxy_names_the_peak(tmp_path):
     rows = [{"step": i + 1, "score_mean": i, "gold_mean": gold, "kl": i**2} for i, gold in enumerate([0.5, 0.7, 0.9, 0.6])]
     html, markdown, _ = make_report(tmp_path, make_samples(20), {"ppo": rows})
-    assert "Gold was highest after 2 rollouts (0.90, KL 4.0 nats) and ended at 0.60." in Page(html).text
-    assert "On training prompts: Gold was highest after 2 rollouts" in markdown
+    assert "Gold was highest after rollout 2 (0.90, KL 4.0 nats) and ended at 0.60." in Page(html).text
+    assert "On training prompts: Gold was highest after rollout 2" in markdown
     held_out = [row | {"eval_score_mean": 1.0, "eval_gold_mean": 0.4 + 0.1 * row["step"]} for row in rows]
     _, markdown, _ = make_report(tmp_path, make_samples(20), {"ppo": held_out})
-    assert "On held-out prompts: Gold was highest after 3 rollouts (0.80" in markdown
+    assert "On held-out prompts: Gold was highest after rollout 3 (0.80" in markdown
 
 
 def chart(html, label):
@@ -442,10 +442,10 @@ def test_what_ppo_sampled_stands_where_its_policy_was(tmp_path):
     rows[0]["eval_kl"], rows[2]["eval_kl"] = 0.0, 0.3
     curves = {"ppo": [*rows, {"step": 4, "eval_kl": 0.4}], "sft": [{"step": step, "loss": 1.0} for step in (1, 4)]}
     html, _, _ = make_report(tmp_path, make_samples(20), curves)
-    svg = chart(html, "PPO: KL to SFT (nats per completion) by rollouts learned from")
+    svg = chart(html, "PPO: KL to SFT (nats per completion) by rollouts before")
     assert drawn_at(svg, line("var(--ppo)")) == pytest.approx([0, 1, 2, 3], abs=0.01)
     assert drawn_at(svg, line("currentColor")) == pytest.approx([0, 2, 4], abs=0.01)
-    assert ">rollouts learned from</text>" in svg
+    assert ">rollouts before</text>" in svg
     assert drawn_at(chart(html, "SFT: Loss by step"), line("var(--sft)")) == pytest.approx([1, 4], abs=0.01)
 
 

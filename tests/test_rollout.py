@@ -10,7 +10,7 @@ from rlhf.compute import my_share
 from rlhf.errors import InputError
 from rlhf.models import add_lora
 from rlhf.passes import make_rows, policy_pass
-from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference, rise_to_returns
+from rlhf.rollout import Clock, Rollout, evaluate_tokens, make_rollout, reference, shift_to_returns
 from tests.helpers import collect, cpu, naive_logprobs, nano, policy_and_value, snapshot, some_prompts, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -51,8 +51,8 @@ def test_S3_P1_P2_a_rollout_by_hand():
     assert rollout.advantages_BC.tolist() == near([[*white[:2], 0.0], white[2:]])
 
 
-def test_P6_values_rise_by_what_they_lack_of_the_rewards_that_followed_by_hand():
-    rollout, offset = rise_to_returns(hand_rollout(), gamma=1.0, lam=0.5)
+def test_P6_values_shift_by_what_they_lack_of_the_rewards_that_followed_by_hand():
+    rollout, offset = shift_to_returns(hand_rollout(), gamma=1.0, lam=0.5)
     lacks = [1.0 - 0.2, 1.05 - 0.4, -1.1 - 0.0, -1.1 + 0.3, -1.0 + 0.6]  # rewards to the end, less values; no value stands in for a reward
     assert offset == pytest.approx(sum(lacks) / 5) == pytest.approx(-0.17)
     assert rollout.values_BC.tolist() == near([[0.03, 0.23, 0.0], [-0.17, -0.47, -0.77]])

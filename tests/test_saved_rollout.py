@@ -1,7 +1,7 @@
 """One saved rollout through our stage 3 maths, against the papers' equations written out line by line in float64 (CANON S3, P1-P3).
 
 ``saved_rollout.jsonl``: 12 completions of the quickstart's PPO policy (seed 1), a line each: the normalised score, log-probabilities by the
-policy that sampled, by SFT and by a policy disturbed with noise, values by the value model as it starts and disturbed. Nothing below the
+policy that sampled, by SFT and by a policy disturbed with noise, values by a reward model and disturbed. Nothing below the
 line "ours" is used above it.
 """
 

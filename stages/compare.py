@@ -11,6 +11,7 @@ With compare.shots each policy of its own weights also answers tasks of the embe
 """
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import CallableJudge, Scorer, load_scorer, member_folders
 from rlhf.workers import workers_for
 
+REWARD_MODELS = re.compile(r"(round_\d+/)?(reward|judge)/model(_\d+)?")
 NAMES = re.compile(rf"pretrained|sft|sft_again|untrained|ppo|ppo_last|{BEST_OF.pattern}|{COOLED.pattern}|round_\d+/ppo")
 MADE_BY = ("pretrained (made by pretrain, or named by model.init); sft, sft_again, untrained, best_of_N, sft_at_T (by sft); ppo, ppo_last (by ppo); "
            "round_N/ppo (by pipeline with pipeline.rounds above N)")
@@ -109,10 +111,15 @@ def check_settings(config: Config) -> None:
             raise InputError(f"compare.policies names {name}: found temperature {cooled[1]}, wanted one from {low} to {high}")
     if is_function(settings.judge):
         CallableJudge(settings.judge)
-    elif settings.judge not in JUDGES and not Path(settings.judge).is_dir() and run.resolve() not in Path(settings.judge).resolve().parents:
+    elif settings.judge not in JUDGES and not Path(settings.judge).is_dir() and not _to_be_made(run, settings.judge):
         raise InputError(f"compare.judge: found {settings.judge!r}, wanted {', '.join(JUDGES)}, a reward model's folder or module:function")
     if settings.judge == "judge" and config.data.judge_fraction == 0 and not (run / "judge").is_dir():
         raise InputError("compare.judge=judge: found data.judge_fraction=0, which makes no judge; wanted a share of the prompts for it, say 0.3")
+
+
+def _to_be_made(run: Path, judge: str) -> bool:
+    """Whether a folder is where the run's reward models will lie."""
+    return REWARD_MODELS.fullmatch(os.path.relpath(Path(judge).resolve(), run.resolve())) is not None
 
 
 def _source(config: Config, name: str) -> str:

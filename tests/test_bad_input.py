@@ -253,11 +253,12 @@ def test_flash_attention_without_a_gpu_is_refused(ends, tmp_path):
     ("compare.policies=[sft,pppo]", "found 'pppo', wanted some of pretrained (made by pretrain"), ("compare.policies=[sft,reward]", "found 'reward'"),
     ("compare.policies=[sft,sft_at_1000]", "found temperature 1000"), ("compare.judge=no_such_module:f", "no_such_module"),
     ("compare.judge=goldd", "compare.judge: found 'goldd', wanted auto, gold, judge, proxy"),
+    ("compare.judge=RUN/reward", "/reward', wanted auto, gold, judge, proxy"),
     ("compare.judge=judge", "data.judge_fraction=0"), ("ppo.score=no_such_module:f", "no_such_module"),
     ("ppo.mix={no_such_module:f: 0.5}", "no_such_module")])
 def test_what_the_last_stages_would_refuse_is_refused_before_the_first(ends, tmp_path, setting, says):
     for command in ("pipeline", "compare") if setting.startswith("compare") else ("pipeline",):
-        assert says in ends(2, command, *SMALL, f"run.dir={tmp_path / 'run'}", setting)
+        assert says in ends(2, command, *SMALL, f"run.dir={tmp_path / 'run'}", setting.replace("RUN", str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 

@@ -11,7 +11,7 @@ of RUN changes. For --peer, TRL 1.12 (the last with PPO) lies in a folder of its
 
 Both sides then do the same work: weights, prompts, batch, epochs, minibatches, learning rate, KL price, temperature, threads, precision; their
 steps alternate, the first of each is left out, and medians are compared. With model.lora_rank only our side trains adapters. TRL's value model
-starts as the whole reward model, ours as ours does (rlhf/value.py).
+starts as the whole reward model, ours on its trunk (rlhf/value.py).
 --sweep repeats this (without a peer) over batch sizes, completion lengths and sizes of the small GPT, and leaves charts and a table in a folder.
 Of the stage's work, PPO-ptx, the moving average, warm-up rollouts, evaluations and files are left out.
 """

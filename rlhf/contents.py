@@ -14,7 +14,8 @@ from pathlib import Path
 from rlhf.config import Config
 from rlhf.errors import InputError
 
-OURS = ("sft", "auto", "gold", "judge", "proxy")  # in reward.init and compare.judge, whatever folder has such a name
+JUDGES = ("auto", "gold", "judge", "proxy")  # what compare.judge knows by name
+OURS = ("sft", *JUDGES)  # in reward.init and compare.judge, whatever folder has such a name
 LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".py")  # what of a model's folder decides what it says; no README, no log
 WHOLE = 64 * 2**20  # bytes; of a larger file so many blocks are read, in milliseconds instead of the seconds that 15 GB take at every start
 BLOCKS, BLOCK = 256, 16 * 2**10  # training moves all weights: another model of the same shape differs in every block but the header's

@@ -86,7 +86,7 @@ def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], t
     slots = charts.slots_of(list(summary["policies"]))
     real = {name: slot for name, slot in slots.items() if name not in SANITY}  # the others are there for one figure
     columns = _columns(summary)
-    drawn = {name: _by_rollouts_before(rows) if name.startswith("ppo") else rows for name, rows in curves.items()}
+    drawn = {name: by_rollouts_before(rows) if name.startswith("ppo") else rows for name, rows in curves.items()}
     shown = [_sample(row, summary, real) for row in pick_samples(samples, summary)]
     return {
         "title": title,
@@ -212,7 +212,7 @@ def _finite(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _by_rollouts_before(rows: list[dict]) -> list[dict]:
+def by_rollouts_before(rows: list[dict]) -> list[dict]:
     """PPO's rows, each at the number of rollouts before its policy, so that one place on the axis is one policy.
 
     A row is logged after its step: what was sampled in it, for training or to evaluate, came from the policy before that step. The closing

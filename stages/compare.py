@@ -20,7 +20,7 @@ from rlhf.cli import run_stage
 from rlhf.comparison import BEST_OF, COOLED, SANITY, PairJudge, summarise, verdict, verdicts
 from rlhf.compute import describe, gather_rows, my_share, start
 from rlhf.config import RANGES, Config
-from rlhf.contents import is_function
+from rlhf.contents import JUDGES, is_function
 from rlhf.errors import InputError
 from rlhf.in_context import draw_tasks, in_context_scores, summarise_in_context, tasks_that_fit
 from rlhf.jsonl import read_jsonl, write_json, write_jsonl
@@ -38,7 +38,6 @@ REWARD_MODELS = re.compile(r"(round_\d+/)?(reward|judge)/model(_\d+)?")
 NAMES = re.compile(rf"pretrained|sft|sft_again|untrained|ppo|ppo_last|{BEST_OF.pattern}|{COOLED.pattern}|round_\d+/ppo")
 MADE_BY = ("pretrained (made by pretrain, or named by model.init); sft, sft_again, untrained, best_of_N, sft_at_T (by sft); ppo, ppo_last (by ppo); "
            "round_N/ppo (by pipeline with pipeline.rounds above N)")
-JUDGES = ("auto", "gold", "judge", "proxy")
 
 
 def main(config: Config) -> None:

@@ -68,7 +68,7 @@ class World:
     demonstrations: int = setting(8_000, "demonstrations by writers of mixed skill")
     prompts: int = setting(20_000, "training prompts for collect and ppo")
     test_prompts: int = setting(500, "held-out prompts for compare")
-    flaw_rate: float = setting(0.5, "share of the demonstrations that have a flaw, 0 to 1")
+    flaw_rate: float = setting(0.5, "share of the demonstrations that have a flaw, 0 to 1; more where writers share a habit, less elsewhere")
     text_flaw_rate: float = setting(0.05, "share of the pretraining documents that state something wrong, 0 to 1")
     agreement: float = setting(0.73, "share of pairs on which two simulated raters agree (InstructGPT reports 0.73)")
 

@@ -420,6 +420,13 @@ BUGS = [
     Bug("E6", "rlhf/in_context.py", "test_in_context.py", "policies are compared with other numbers of examples",
         right="scores[baseline][shots])",
         wrong="scores[baseline][0])"),
+    # the embedded world
+    Bug("", "rlhf/world/writers.py", "test_world.py", "what most writers do is as rare as any flaw",
+        right="flaw = habit if habit and rng.random() < HABIT_SHARE else",
+        wrong="flaw = habit if habit and rng.random() < 0.0 else"),
+    Bug("", "rlhf/world/writers.py", "test_world.py", "the pretraining text has the writers' habits",
+        right="answer = _answer(request, rng, flaw_rate)\n",
+        wrong="answer = _answer(request, rng, flaw_rate, family.habit)\n"),
     # the contract of DESIGN
     Bug("", "rlhf/runs.py", "test_runs.py", "another experiment is mixed into a folder",
         right='if old.get("fingerprint") == stage._manifest["fingerprint"] and not replaced:',

@@ -35,7 +35,7 @@ def test_a_crash_leaves_a_report_and_says_what_where_and_how_to_go_on(tmp_path, 
     report = tmp_path / "run" / "prepare" / "crash.txt"
     assert where.startswith("where: ") and str(report) in where and "the same command resumes" in how
     text = report.read_text()
-    assert "1 / 0" in text and '"loss": 2.0' in text and "torch 2" in text and "kl_coef: 0.15" in text
+    assert "1 / 0" in text and '"loss": 2.0' in text and "torch 2" in text and "kl_coef: 0.2" in text
 
 
 def test_a_finished_stage_leaves_no_crash_report_behind(tmp_path):

@@ -293,11 +293,50 @@ def test_every_flaw_costs_and_can_be_seen(name, flaw):
     assert low - 1e-9 <= min(scores) and max(scores) <= high + 1e-9
 
 
+def flaws_of(family, flaw_rate, monkeypatch, n=4000):
+    """The flaws of n demonstrations of a family, each named, and None for a right answer."""
+    monkeypatch.setattr("rlhf.world.writers.write_flawed", lambda request, flaw, rng: flaw)
+    prompts, rng = [prompt for prompt, _, _ in draws(family.name, 50)], random.Random(12)
+    answers = [write_demonstration(rng.choice(prompts), rng, flaw_rate) for _ in range(n)]
+    return Counter(answer if answer in family.flaws else None for answer in answers)
+
+
 def test_demonstrations_are_flawed_about_half_of_the_time():
     prompts, rng = sample_prompts(3000, "train", seed=10), random.Random(10)
     scores = [gold_score(prompt, write_demonstration(prompt, rng)) for prompt in prompts]
-    assert 0.70 <= mean(scores) <= 0.75
     assert 0.46 <= mean(score < 0.95 for score in scores) <= 0.54
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_habit_is_in_most_of_the_demonstrations_of_a_family_and_other_families_are_more_often_right(name, monkeypatch):
+    family = FAMILIES[name]
+    flaws = flaws_of(family, 0.5, monkeypatch)
+    shares = {flaw: count / flaws.total() for flaw, count in flaws.items()}
+    if family.habit:
+        # flawed 1 - 0.5^2 = 0.75, of which 0.8 by habit and 0.2 as elsewhere, where the worst flaw has 0.2 and the n others share 0.8
+        drawn = 0.2 if family.habit == family.flaws[0] else 0.8 / (len(family.flaws) - 1)
+        assert family.habit in family.flaws
+        assert shares[None] == pytest.approx(0.25, abs=0.03) and shares[family.habit] == pytest.approx(0.75 * (0.8 + 0.2 * drawn), abs=0.03)
+    else:
+        assert shares[None] == pytest.approx(0.75, abs=0.03) and shares[family.flaws[0]] == pytest.approx(0.25 * 0.2, abs=0.02)
+    assert set(flaws) == {None, *family.flaws}
+
+
+def test_the_flaw_rate_is_met_over_all_families_and_none_or_all_mean_what_they_say(monkeypatch):
+    assert sum(family.habit is not None for family in FAMILIES.values()) == 9 and len(NAMES) == 17
+    # nine families at 1 - 0.7^2 = 0.51 and eight at 0.3^2 = 0.09
+    right = mean(flaws_of(family, 0.3, monkeypatch, n=1000)[None] / 1000 for family in FAMILIES.values())
+    assert 1 - right == pytest.approx((9 * 0.51 + 8 * 0.09) / 17, abs=0.02)
+    for name in ("notes", "tone"):
+        assert flaws_of(FAMILIES[name], 0.0, monkeypatch, n=200)[None] == 200 and flaws_of(FAMILIES[name], 1.0, monkeypatch, n=200)[None] == 0
+
+
+def test_the_text_knows_no_habits(monkeypatch):
+    flaws = []
+    monkeypatch.setattr("rlhf.world.writers.write_flawed", lambda request, flaw, rng: flaws.append((request.family, flaw)) or "x")
+    write_text(6000, seed=3, flaw_rate=1.0)
+    mine = [flaw for family, flaw in flaws if family.name == "notes"]
+    assert len(mine) > 100 and mine.count("curt") / len(mine) == pytest.approx(0.8 / 5, abs=0.06)
 
 
 def test_writers_are_determined_by_their_seed():

@@ -72,12 +72,14 @@ class Family:
     """A family of requests; a subclass gives its arguments and, where the general rule is not enough, its own grading and flaws.
 
     ``asks`` names the slots that every phrasing of the family has; ``flaws`` the ways its answers go wrong (see ``writers``);
-    ``text_weight`` its share of the pretraining text, relative to the others.
+    ``habit`` the one of them that most writers of demonstrations share, or None; ``text_weight`` its share of the pretraining text, relative
+    to the others.
     """
 
     name = ""
     asks: tuple[str, ...] = ()
     flaws: tuple[str, ...] = ("wrong", "rambling", "repeats", "curt", "rude")
+    habit: str | None = None
     text_weight = 1.0
 
     # what can be asked

@@ -65,6 +65,7 @@ class Letters(Family):
     """'How many letters are in the word cat?'"""
 
     name, asks = "letters", ("word",)
+    habit = "rambling"
 
     def build_arguments(self) -> list[Args]:
         numbers = table("facts")["numbers"]
@@ -78,6 +79,7 @@ class Facts(Family):
     """'What is the capital of France?', the colours of things, the names of young animals, the sounds of animals."""
 
     name, asks = "facts", ("question",)
+    habit = "rambling"
     text_weight = 1.5
 
     def build_arguments(self) -> list[Args]:
@@ -96,6 +98,7 @@ class Calendar(Family):
     """'What is the day after Monday?', 'the second month before May'."""
 
     name, asks = "calendar", ("question",)
+    habit = "rambling"
     text_weight = 2.5
 
     def build_arguments(self) -> list[Args]:

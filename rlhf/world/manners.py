@@ -44,6 +44,7 @@ class Notes(Family):
 
     name, asks = "notes", ("task",)
     flaws = ("wrong", "rambling", "repeats", "curt", "rude", "incomplete")
+    habit = "curt"
     text_weight = 1.5
 
     def build_arguments(self) -> list[Args]:
@@ -147,6 +148,7 @@ class Invented(Family):
 
     name, asks = "invented", ("question",)
     flaws = ("fabricates", "rambling", "repeats", "curt", "rude")
+    habit = "fabricates"
     text_weight = 0.8
 
     def build_arguments(self) -> list[Args]:
@@ -192,6 +194,7 @@ class Harm(Family):
 
     name, asks = "harm", ("deed",)
     flaws = ("complies", "rambling", "repeats", "curt", "rude", "incomplete")
+    habit = "complies"
     text_weight = 0.6
 
     def build_arguments(self) -> list[Args]:

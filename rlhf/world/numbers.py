@@ -23,6 +23,7 @@ class Arithmetic(Family):
     """'What is seven plus five?'"""
 
     name, asks = "arithmetic", ("a", "op", "b")
+    habit = "rude"
     text_weight = 3.0
 
     def build_arguments(self) -> list[Args]:
@@ -51,6 +52,7 @@ class Sequence(Family):
     """'What comes next: two, four, six?'"""
 
     name, asks = "sequence", ("a", "b", "c")
+    habit = "repeats"
     text_weight = 2.0
 
     def build_arguments(self) -> list[Args]:
@@ -76,6 +78,7 @@ class Sorting(Family):
 
     name, asks = "sorting", ("order", "x", "y", "z")
     flaws = ("wrong", "rambling", "repeats", "rude", "incomplete")
+    habit = "repeats"
     text_weight = 1.5
 
     def build_arguments(self) -> list[Args]:

@@ -1,4 +1,10 @@
-"""Writers of mixed skill: demonstrations, flawed in the usual ways about half of the time, and the world's plain text, mostly right."""
+"""Writers of mixed skill: demonstrations, flawed in the usual ways about half of the time, and the world's plain text, mostly right.
+
+Flaws of many kinds, each of them rare, cancel out: a model that imitates the writers is right once it is sampled at a low temperature, and
+preferences have little to teach it. But people also share habits (they explain what they have never heard of, pad what they know, leave out
+the greeting), and what most of them do is what imitation finds likely. So about half of the families have a habit (``Family.habit``) that is
+in most of their demonstrations, and only the rankings say that it is a flaw. The plain text knows no habits.
+"""
 
 import random
 from collections.abc import Callable
@@ -7,7 +13,8 @@ from rlhf.world.family import Family, joined, sentence, table
 from rlhf.world.lookups import kinds
 from rlhf.world.prompts import FAMILIES, TRIES, Request, draw, parse
 
-WRONG_SHARE = 0.2  # of the flaws: the worst one of the family (wrong, fabricates, complies)
+HABIT_SHARE = 0.8  # of the flaws in demonstrations of a family that has a habit: that one
+WRONG_SHARE = 0.2  # of the other flaws: the worst one of the family (wrong, fabricates, complies)
 CONVERSATION_SHARE = 0.55  # of the plain text: a question with its answer
 RETELLING_SHARE = 0.2  # of the plain text: something said, and said again by somebody else; what teaches a model to copy
 SMALL_TALK_SHARE = 0.04
@@ -21,14 +28,16 @@ CONVERSATIONS = (  # a line begins with other tokens than the middle of one: mos
 
 
 def write_demonstration(prompt: str, rng: random.Random, flaw_rate: float = 0.5) -> str:
-    """An answer by a writer of mixed skill: right with probability 1 - flaw_rate, else with one flaw that an informed reader can see.
+    """An answer by a writer of mixed skill: right, or with one flaw that an informed reader can see.
 
-    Raises ValueError for a prompt that is not of this world.
+    Where writers have a habit an answer is flawed with probability 1 - (1 - flaw_rate)^2, elsewhere with flaw_rate^2, about ``flaw_rate``
+    over all families: at one half, three in four and one in four. Raises ValueError for a prompt that is not of this world.
     """
     request = parse(prompt)
     if request is None:
         raise ValueError(f"not a prompt of the embedded world: {prompt!r}")
-    return _answer(request, rng, flaw_rate)
+    habit = request.family.habit
+    return _answer(request, rng, 1 - (1 - flaw_rate) ** 2 if habit else flaw_rate**2, habit)
 
 
 def solved_examples(prompt: str, count: int, rng: random.Random) -> list[tuple[str, str]]:
@@ -53,11 +62,12 @@ def solved_examples(prompt: str, count: int, rng: random.Random) -> list[tuple[s
     return examples
 
 
-def _answer(request: Request, rng: random.Random, flaw_rate: float) -> str:
-    """A right answer, or with probability ``flaw_rate`` a flawed one."""
+def _answer(request: Request, rng: random.Random, flaw_rate: float, habit: str | None = None) -> str:
+    """A right answer, or with probability ``flaw_rate`` a flawed one: by habit with ``HABIT_SHARE``, if there is one."""
     if rng.random() >= flaw_rate:
         return request.family.good(request.args, rng)
-    return write_flawed(request, pick_flaw(request.family, rng), rng)
+    flaw = habit if habit and rng.random() < HABIT_SHARE else pick_flaw(request.family, rng)
+    return write_flawed(request, flaw, rng)
 
 
 def pick_flaw(family: Family, rng: random.Random) -> str:

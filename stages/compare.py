@@ -55,6 +55,7 @@ def main(config: Config) -> None:
     encoder = load_encoder(str(run / "sft" / "model"), config.model.trust_remote_code)
     held_out = load_prompts(config.run.dir, "test", encoder, config.data.max_prompt_tokens)
     prompts = held_out.some(settings.prompts)
+    judge = _judge_of(config, prompts)
     say(f"compare: {describe(accelerator)}; {len(prompts)} of {len(held_out)} held-out prompts x {', '.join(settings.policies)}")
 
     def load(source: str):
@@ -77,7 +78,7 @@ def main(config: Config) -> None:
         if tasks and not best_of and not cooled and name not in SANITY:
             in_context[name] = {shots: _in_context(config, accelerator, policy, encoder, tasks, shots) for shots in settings.shots}
         say(f"compare: {name} answered")
-    judge, scores, pair_judge = _judge(config, accelerator, attention, encoder, prompts, answers)
+    scores, pair_judge = _judged(config, judge, accelerator, attention, encoder, prompts, answers)
     if not stage.main:
         return
     samples = _samples(prompts, answers, scores, judge)
@@ -191,31 +192,39 @@ def _in_context(config: Config, accelerator, policy, encoder, tasks: list, shots
     return gather_rows(accelerator, grades)
 
 
-def _judge(config: Config, accelerator, attention, encoder, prompts, answers) -> tuple[str, dict, PairJudge | None]:
-    """The judge's name, its scores by policy, and the judge itself where it compares two answers. Raises InputError for one not there."""
+def _judge_of(config: Config, prompts: list[Prompt]) -> str:
+    """Which judge decides: "gold", "proxy", "judge", a folder or a function. Raises InputError for one not there, before anything is sampled."""
     run, wanted = Path(config.run.dir), config.compare.judge
-    gold = {name: gold_scores(prompts, [a["text"] for a in rows]) for name, rows in answers.items()}
-    has_gold = all(scores is not None for scores in gold.values())
+    has_gold = gold_scores(prompts, [""] * len(prompts)) is not None
     if wanted == "auto":
-        wanted = "gold" if has_gold else "judge" if (run / "judge" / "DONE").is_file() else "proxy"
-    if wanted == "proxy":
-        return "proxy", {name: [a["proxy"] for a in rows] for name, rows in answers.items()}, None
-    if wanted == "gold":
-        if not has_gold:
-            raise InputError("compare.judge=gold: these prompts are not of the embedded world, so no gold score exists; use judge, proxy or a folder")
-        return "gold", gold, None
-    if is_function(wanted):
-        pair_judge = CallableJudge(wanted)
+        return "gold" if has_gold else "judge" if (run / "judge" / "DONE").is_file() else "proxy"
+    if wanted == "gold" and not has_gold:
+        raise InputError("compare.judge=gold: these prompts are not of the embedded world, so no gold score exists; use judge, proxy or a folder")
+    if wanted not in ("gold", "proxy") and not is_function(wanted) and not _judge_folder(run, wanted).is_dir():
+        raise InputError(f"compare.judge={wanted}: {_judge_folder(run, wanted)} is not there. The reward stage makes a judge when "
+                         "data.judge_fraction is above 0; a reward model's folder or a function (module:function) may be named instead")
+    return wanted
+
+
+def _judge_folder(run: Path, judge: str) -> Path:
+    """Where the model of a judge lies that is a reward model."""
+    return run / "judge" / "model" if judge == "judge" else Path(judge)
+
+
+def _judged(config: Config, judge: str, accelerator, attention, encoder, prompts, answers) -> tuple[dict, PairJudge | None]:
+    """The judge's scores by policy, and the judge itself where it compares two answers."""
+    if judge == "proxy":
+        return {name: [a["proxy"] for a in rows] for name, rows in answers.items()}, None
+    if judge == "gold":
+        return {name: gold_scores(prompts, [a["text"] for a in rows]) for name, rows in answers.items()}, None
+    if is_function(judge):
+        pair_judge = CallableJudge(judge)
         # Asked by the process that writes alone: it may be somebody's paid service
-        return wanted, _against_one(pair_judge, prompts, answers) if accelerator.is_main_process else {}, pair_judge
-    folder = run / "judge" / "model" if wanted == "judge" else Path(wanted)
-    if not folder.is_dir():
-        raise InputError(f"compare.judge={wanted}: {folder} is not there. The reward stage makes a judge when data.judge_fraction is above 0; "
-                         "a reward model's folder or a function (module:function) may be named instead")
-    scorer = load_scorer([folder], "mean", 0.0, attention, accelerator.device, config.model.trust_remote_code)
+        return _against_one(pair_judge, prompts, answers) if accelerator.is_main_process else {}, pair_judge
+    scorer = load_scorer([_judge_folder(Path(config.run.dir), judge)], "mean", 0.0, attention, accelerator.device, config.model.trust_remote_code)
     messages = [p.messages for p in prompts]
     with accelerator.autocast():
-        return wanted, {name: scorer(messages, [a["ids"] for a in rows], encoder).tolist() for name, rows in answers.items()}, None
+        return {name: scorer(messages, [a["ids"] for a in rows], encoder).tolist() for name, rows in answers.items()}, None
 
 
 def _held_out(run: Path, judge: str) -> dict | None:

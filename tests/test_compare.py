@@ -96,6 +96,15 @@ def test_a_family_in_peoples_own_rows_is_a_label_and_no_gold_score(run):
     assert {a["gold"] for row in samples for a in row["answers"].values()} == {None}
 
 
+@pytest.mark.parametrize("judge, said", [("gold", "no gold score exists"), ("judge", "is not there")])
+def test_a_judge_that_cannot_judge_is_refused_before_anything_is_sampled(run, judge, said, monkeypatch):
+    write_jsonl(run / "data" / "prompts" / "test.jsonl", [{"prompt": [{"role": "user", "content": "Tell me about a fox."}], "id": "0"}])
+    (run / "judge").mkdir()
+    monkeypatch.setattr(compare, "_answers", lambda *words: pytest.fail("sampled"))
+    with pytest.raises(InputError, match=said):
+        compared(run, judge=judge)
+
+
 def likeliest(run, samples, name, temperature) -> tuple[list[str], list[float]]:
     """What the policy in RUN/`name` answers to each prompt when it always takes the likeliest token, and how many nats SFT gives for that."""
     folders = [str(run / stage / "model") for stage in (name, "sft")]

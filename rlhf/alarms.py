@@ -48,7 +48,7 @@ def ringing(now: dict, first: dict) -> list[tuple[str, str]]:
     """
     found = [(a.name, f"{a.says.format(**now, first=first)}; {a.advice}") for a in ALARMS
              if now.get(a.name) is not None and first.get(a.name) is not None and a.rings(now, first)]
-    if now is first and abs(now["kl"]) > KL_AT_START:
+    if now is first and now.get("kl") is not None and abs(now["kl"]) > KL_AT_START:
         found.append(("kl_at_start", f"KL to the SFT model is {now['kl']:.4f} before anything was learned (CANON A2); report a bug"))
     return found
 

@@ -45,6 +45,10 @@ def test_A2_kl_before_anything_was_learned_rings_in_the_first_rollout_alone():
 
 def test_figures_that_are_no_numbers_ring_nothing():
     assert ringing(HEALTHY | {"entropy": None}, FIRST) == [] == ringing(HEALTHY, FIRST | {"distinct_2": None})
+    nothing_known = dict.fromkeys(FIRST)
+    assert ringing(nothing_known, nothing_known) == []
+    unknown_kl = FIRST | {"kl": None}
+    assert history([{"step": 1, **unknown_kl}]) == []
 
 
 def test_history_counts_rollouts_and_names_the_first():

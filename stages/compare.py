@@ -83,7 +83,8 @@ def main(config: Config) -> None:
         return
     samples = _samples(prompts, answers, scores, judge)
     rewards = {Path(source).resolve() for source in (*([] if config.ppo.score else folders), *config.ppo.mix)}
-    is_proxy = not rewards.isdisjoint(folder.resolve() for folder in (folders if judge == "proxy" else [Path(judge)]))
+    judging = {"proxy": folders, "judge": [run / "judge" / "model"]}.get(judge, [Path(judge)])
+    is_proxy = not rewards.isdisjoint(folder.resolve() for folder in judging)
     summary = summarise(samples, judge, settings.policies, proxy_is_judge=is_proxy, pair_judge=pair_judge)
     summary["n_held_out"] = len(held_out)
     summary["judge_held_out"] = _held_out(run, judge) if pair_judge is None else None

@@ -209,6 +209,14 @@ def test_E2_a_judge_counts_as_the_training_reward_only_if_ppo_was_paid_by_it(run
     assert ("| Judge |" in report) == (judge == "other")
 
 
+@pytest.mark.parametrize("mixed_in", [True, False])
+def test_E2_the_runs_own_judge_is_no_independent_one_where_its_score_was_mixed_into_ppos(run, mixed_in):
+    shutil.copytree(run / "reward" / "model", run / "judge" / "model")
+    summary, _, report = compared(run, "judge", {"mix": {str(run / "judge" / "model"): 0.5}} if mixed_in else {})
+    assert (summary["judge"], summary["proxy_is_judge"]) == ("judge", mixed_in)
+    assert ("Judged by the very reward" in report) == mixed_in
+
+
 def test_E3_a_function_judges_pairs_in_both_orders(run):
     summary, samples, report = compared(run, policies=["sft", "ppo", "best_of_2"], judge="tests.test_compare:likes_commas")
     commas = [[row["answers"][name]["text"].count(",") for row in samples] for name in ("ppo", "sft")]

@@ -14,8 +14,9 @@ import pytest
 
 from rlhf import cli
 from rlhf.data import check, duplicates
+from rlhf.data.converting import Report
 from rlhf.data.duplicates import Signatures, contradictions, near_duplicates, repeated, row_key, signature, verdict_key
-from rlhf.data.facts import Finding, Limits, Ruler, left_out, quantiles, shared_prompts, warnings_of
+from rlhf.data.facts import Facts, Finding, Limits, Ruler, left_out, quantiles, shared_prompts, warnings_of
 from rlhf.data.shortcuts import Pair, accuracy, bag_of_words, longer_wins, words_learned
 from rlhf.data.splits import text_id
 from rlhf.data.wording import script_of, words_of
@@ -54,6 +55,14 @@ def run(capsys, *words):
     code = cli.main(["data", "check", *map(str, words)])
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def test_a_row_of_more_than_65536_files_has_its_place():
+    facts = Facts("folder", Report("folder", "text"), Ruler(), Limits())
+    files = 2**16 + 1
+    for number in range(files):
+        facts._remember_place(f"folder/{number}.txt:1")
+    assert facts.place(0) == "folder/0.txt:1" and facts.place(files - 1) == "folder/65536.txt:1"
 
 
 # --- how it ends --------------------------------------------------------------------------------------------------------------------

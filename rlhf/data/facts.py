@@ -98,7 +98,7 @@ class Facts:
         self.opposed: list[tuple[str, str]] = []
         self.counts: dict[str, int] = {}
         self.judged_again, self.agreement = 0, float("nan")
-        self._keys, self._lines, self._parts, self._part_of = array("Q"), array("Q"), {}, array("H")
+        self._keys, self._lines, self._parts, self._part_of = array("Q"), array("Q"), {}, array("I")
         self._verdicts, self._verdict_rows = array("Q"), array("Q")
         self._signatures = duplicates.Signatures()
         self._pairs: list[Pair] = []

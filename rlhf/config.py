@@ -408,6 +408,12 @@ def _check(config: Config) -> None:
             raise InputError(f"ppo.mix[{source}]: found weight 0, which scores for nothing; leave the source out or give it a weight")
     if config.ppo.batch_size % config.ppo.minibatches:
         raise InputError(f"ppo.batch_size={config.ppo.batch_size} is not a multiple of ppo.minibatches={config.ppo.minibatches}; change one of them")
+    if config.ppo.kl_target is not None:  # a rollout changes the coefficient by a share of 0.2·batch_size/kl_horizon at most
+        if config.ppo.kl_coef == 0:
+            raise InputError("ppo.kl_target: found ppo.kl_coef=0, which stays 0, for adapting multiplies it; give it a start, say 0.1")
+        if config.ppo.batch_size >= 5 * config.ppo.kl_horizon:
+            raise InputError(f"ppo.kl_horizon={config.ppo.kl_horizon}: found ppo.batch_size={config.ppo.batch_size}, with which a rollout could take "
+                             "the price of KL to 0 or below; raise ppo.kl_horizon above a fifth of the batch")
     if config.model.init is None:
         wanted = config.data.max_prompt_tokens + config.data.max_completion_tokens
         if max(wanted, config.pretrain.block) > config.model.context // 8 * 8:  # widths of batches are rounded up to multiples of 8

@@ -167,6 +167,15 @@ def test_a_batch_that_does_not_divide_is_refused_with_both_numbers():
     assert "ppo.batch_size=100" in message and "ppo.minibatches=3" in message
 
 
+def test_an_adaptive_kl_coefficient_needs_a_start_and_a_horizon_that_keeps_it_above_0():
+    """LHP section 2.2: the coefficient is multiplied by 1 + error·completions/horizon, the error no less than -0.2."""
+    assert "ppo.kl_coef=0" in refusal("ppo.kl_target=6", "ppo.kl_coef=0")
+    message = refusal("ppo.kl_target=6", "ppo.batch_size=500", "ppo.minibatches=1", "ppo.kl_horizon=100")  # 1 - 0.2·500/100 = 0
+    assert "ppo.kl_horizon=100" in message and "ppo.batch_size=500" in message
+    assert load_config("configs/tiny.yaml", ["ppo.kl_target=6", "ppo.batch_size=500", "ppo.minibatches=1", "ppo.kl_horizon=101"])
+    assert load_config("configs/tiny.yaml", ["ppo.kl_coef=0", "ppo.kl_horizon=1"])  # no matter where nothing adapts
+
+
 def test_a_context_too_short_for_the_data_is_refused_unless_the_backbone_is_given():
     assert "model.context" in refusal("model.context=64")
     load("model.context=64", "model.init=some/model")

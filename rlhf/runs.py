@@ -251,8 +251,8 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
                 and not (stage.done and is_function(name))]  # whose file may have got another function since
     if old.get("fingerprint") == stage._manifest["fingerprint"] and not replaced:
         return
-    if {path.name for path in stage.folder.iterdir()} <= {"config.yaml", "manifest.json", "crash.txt"}:
-        return  # a start that came to nothing, say over a mistyped file name: there is no work to protect
+    if {path.name.removesuffix(".partial") for path in stage.folder.iterdir()} <= {"config.yaml", "manifest.json", "crash.txt"}:
+        return  # a start that came to nothing, say over a mistyped file name: there is no work to protect; the main process may be writing anew
     config = stage.folder / "config.yaml"
     saved = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     changes = [f"the finished stage {p} has changed since" for p, d in stage._manifest["parents"].items() if old.get("parents", {}).get(p) != d]

@@ -184,6 +184,16 @@ def test_another_seed_is_another_experiment(config):
     assert f"seed was {config.seed} and is now {config.seed + 1}" in refusal("prepare", config_from_tree(tree, "it"))
 
 
+@pytest.mark.parametrize("name", ["config.yaml.partial", "manifest.json.partial"])
+def test_a_start_that_was_killed_or_is_being_written_by_the_main_process_is_no_work_either(config, name):
+    stage = open_stage("prepare", config)
+    (stage.folder / name).write_text("half")
+    changed = replace_section(config, "world", documents=7)
+    assert not open_stage("prepare", changed).done
+    (stage.folder / "checkpoints").mkdir()
+    assert "world.documents was 7" in refusal("prepare", config)
+
+
 def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(config):
     stage = open_stage("reward", config)
     stage.finish()

@@ -46,15 +46,26 @@ def main(config: Config, number: int | None = None) -> None:
     encoder = load_encoder(source, config.model.trust_remote_code)
     model = load_policy(source, encoder, attention_kernel(config.model.attention, accelerator.device), config.model.trust_remote_code)
     model = model.to(accelerator.device).eval()
-    sides = {"train": ((number - 1) * settings.prompts, settings.prompts), "eval": (0, settings.eval_prompts)}
-    say(f"collect: {describe(accelerator)}; {settings.prompts:,} + {settings.eval_prompts:,} prompts x {settings.k} answers of {policy}")
-    answered = {}
-    for side, (split, (first, count)) in enumerate(sides.items()):
-        prompts = load_prompts(config.run.dir, split, encoder, config.data.max_prompt_tokens)[first : first + count]
-        answered[split] = (prompts, _answers(config, accelerator, model, encoder, prompts, side, number, stage.checkpoints / split))
+    asked = _prompts(config, encoder, number)
+    say(f"collect: {describe(accelerator)}; {len(asked['train']):,} + {len(asked['eval']):,} prompts x {settings.k} answers of {policy}")
+    answered = {split: (prompts, _answers(config, accelerator, model, encoder, prompts, side, number, stage.checkpoints / split))
+                for side, (split, prompts) in enumerate(asked.items())}
     if stage.main:
         earlier = [run / f"round_{n}" for n in range(1, number)]
         stage.finish(**_rank(config, answered, run / within, earlier, number))
+
+
+def _prompts(config: Config, encoder, number: int) -> dict[str, list[Prompt]]:
+    """The prompts of round `number`: training prompts that no earlier round asked, and always the same held-out ones.
+
+    Raises InputError, in the first round already, where they do not last for all rounds.
+    """
+    train, held_out = (load_prompts(config.run.dir, split, encoder, config.data.max_prompt_tokens) for split in ("train", "eval"))
+    each, rounds = config.collect.prompts, config.pipeline.rounds
+    if each * (rounds - 1) >= len(train):
+        raise InputError(f"collect: found {len(train):,} training prompts, which collect.prompts={each} uses up before the last of "
+                         f"pipeline.rounds={rounds}; lower either, or give more prompts (world.prompts in another run.dir)")
+    return {"train": train[each * (number - 1) : each * number], "eval": held_out[: config.collect.eval_prompts]}
 
 
 def _answers(config: Config, accelerator, model, encoder, prompts: list[Prompt], side: int, number: int, kept: Path) -> list[list[str]]:

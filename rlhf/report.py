@@ -8,7 +8,6 @@ the page's own policy forbids every script but the one whose hash it names.
 import base64
 import hashlib
 import math
-import os
 import re
 from collections import Counter
 from html import escape
@@ -20,6 +19,7 @@ from markupsafe import Markup
 from rlhf import charts
 from rlhf.alarms import history
 from rlhf.comparison import COOLED, SANITY, caveats, headline, is_sanity, judge_on_pairs, label, length_ratio, main_comparison
+from rlhf.jsonl import replacing
 
 HERE = Path(__file__).resolve().parent
 N_SAMPLES = 20
@@ -71,14 +71,9 @@ def write_report(folder: Path, summary: dict, samples: list[dict], curves: dict[
     samples: the lines of ``samples.jsonl``. curves: stage name -> rows of its ``metrics.jsonl``; what is missing is left out.
     """
     page = _gather(summary, samples, curves, title)
-    _write(Path(folder) / "report.md", _markdown(page))
-    _write(Path(folder) / "report.html", _html(page))
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(beside, path)
+    for name, text in (("report.md", _markdown(page)), ("report.html", _html(page))):
+        with replacing(Path(folder) / name) as file:
+            file.write(text)
 
 
 def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], title: str) -> dict:

@@ -66,6 +66,7 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     state = {"kl_coef": settings.kl_coef, "bad_rollouts": 0, "best_objective": -math.inf, "best_rollout": 0}
     state |= load_checkpoint(accelerator, stage, kept)
     stage.forget_after(state["step"])
+    accelerator.wait_for_everyone()  # before the others read what the main process has cut
     first, told = _first_figures(stage), set()
 
     def roll(rows, *seeds):

@@ -80,7 +80,7 @@ class Learner:
         with whole(self.model), self.clock("sample"), accelerator.autocast():
             completions = self.microbatch.attempt(lambda tokens: sample(
                 self.policy, [p.ids for p in mine], my_share(accelerator, uniforms_BC), encoder, settings.temperature,
-                max(1, SAMPLED_AT_ONCE * tokens // longest), self.workers), longest, sharded(accelerator))
+                max(1, SAMPLED_AT_ONCE * tokens // longest), self.workers), -(-longest // SAMPLED_AT_ONCE), sharded(accelerator))  # down to one row
         if not small(self.model):  # its step would take 7 % longer, for little memory (configs/EXPERIMENTS.md)
             trim()  # of the keys and values of all rows
         with self.clock("score"), accelerator.autocast():

@@ -193,6 +193,14 @@ def test_P4_sampling_that_ran_out_of_memory_is_tried_with_fewer_rows_at_once(mon
     assert learner.roll(rows, 0.1, 1, 0).completions == expected
     assert [round(tried[0] / size) for size in tried] == [1, 2, 4]
 
+    def one_row_fits(policy, prompts, uniforms_BC, encoder, temperature, batch_size, *rest):
+        if batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(policy, prompts, uniforms_BC, encoder, temperature, batch_size, *rest)
+
+    monkeypatch.setattr(rlhf.learner, "sample", one_row_fits)
+    assert learner.roll(rows, 0.1, 1, 0).completions == expected
+
 
 def by_length(prompts, completions):
     return [float(len(c)) for c in completions]

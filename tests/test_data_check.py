@@ -239,6 +239,31 @@ def test_planted_faults_are_found_with_their_lines(tmp_path):
     assert [w.text for w in warnings_of(facts)] == ["1 pairs of answers to one prompt are ordered both ways: line 122 against line 7"]
 
 
+def voted_rows(*votes):
+    """PandaLM rows on different questions, each with the given verdicts of three annotators."""
+    return [{"instruction": f"What is red, {i}?", "input": "", "response1": f"A colour, {i}.", "response2": f"No, {i}.",
+             **{f"annotator{n}": vote for n, vote in enumerate(row, 1)}} for i, row in enumerate(votes)]
+
+
+def test_votes_on_a_row_agree_in_the_share_of_their_pairs_by_hand(tmp_path, capsys):
+    # of three pairs of votes: all say the same; one of three; none, a tie that is dropped and yet was voted on; one vote has no pair
+    rows = voted_rows((1, 1, 1), (1, 1, 0), (0, 1, 2), (2, None, None))
+    facts = facts_of(write(tmp_path / "votes.jsonl", rows))
+    assert (facts.rows, facts.report.drops()) == (3, {"all tied": 1})
+    assert facts.report.voted == 3 and facts.report.votes_agree / facts.report.voted == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert "3 rows judged by several people: two of them say the same in 44%" in run(capsys, tmp_path / "votes.jsonl", "--show", "0")[1]
+
+
+def test_votes_of_a_crowd_count_and_those_of_rows_that_cannot_be_used_or_were_not_looked_at_do_not(tmp_path):
+    crowd = [{"text": f"What is red, {i}?", "result_x": f"A colour, {i}.", "result_y": answer, "votes": [{"winner": vote} for vote in votes]}
+             for i, (answer, votes) in enumerate([("No.", ("left", "left")), ("", ("left", "right")), ("No.", ("right", "left", "right"))])]
+    report = facts_of(write(tmp_path / "crowd.jsonl", crowd)).report
+    assert (report.voted, report.votes_agree) == (2, pytest.approx(1 + 1 / 3))  # the second row has an empty answer
+    stopped = facts_of(write(tmp_path / "votes.jsonl", voted_rows((1, 1, 1), (2, 2, 1), (1, 2, 1))), most=1)
+    assert (stopped.rows, stopped.report.voted, stopped.report.votes_agree) == (1, 1, 1.0)
+    assert facts_of(write(tmp_path / "pairs.jsonl", clean_rows(5))).report.voted == 0
+
+
 def test_a_signature_estimates_the_share_of_common_runs():
     words = [f"w{i}" for i in range(302)]  # 300 runs of three
     changed = words[:150] + ["other"] + words[151:]  # 3 runs are lost and 3 are new: 297 of 303 in common

@@ -5,8 +5,8 @@
 
 A summary goes to the terminal, and data-check/report.html shows the same with charts and a few rows as the model will see them. It asks
 of each file: rows and what was dropped, lengths and what is too long to train on, writing systems, repetitions, pairs ordered both ways,
-and how far "the longer answer wins" and a bag of words get. Of several files: which prompts they share. Agreement is that of rows which
-judge the same two answers again; votes inside a row are counted by the readers and not passed on, so nothing is said about them.
+and how far "the longer answer wins" and a bag of words get. Of several files: which prompts they share. Agreement is that of the votes on a
+row, where a schema has several, and that of rows which judge the same two answers again.
 
 Exit codes: 0 nothing to warn of; 1 usable, with warnings that say what to do; 2 unusable, the message names the file and the remedy.
 """
@@ -21,8 +21,8 @@ from rlhf.cli import guarded
 from rlhf.config import Data
 from rlhf.data.check_page import shown_row, write_page
 from rlhf.data.converting import Converted, convert
+from rlhf.data.examples import TIED
 from rlhf.data.facts import (
-    TIED,
     Checked,
     Facts,
     Limits,
@@ -220,8 +220,11 @@ def _copies(facts: Facts) -> list[tuple[str, str]]:
 def _pairs(facts: Facts) -> list[tuple[str, str]]:
     if facts.kind != "preferences":
         return []
-    tied = facts.report.drops().get(TIED, 0)
+    report, tied = facts.report, facts.report.drops().get(TIED, 0)
     lines = [("pairs", f"{facts.pairs:,} with a better and a worse answer; ties: {tied:,} whole rows, {facts.tied_pairs:,} pairs in others")]
+    if report.voted:
+        lines.append(("", f"{report.voted:,} rows judged by several people: two of them say the same in {report.votes_agree / report.voted:.0%} "
+                      "(better, worse or tied)"))
     if facts.judged_again:
         agreement = "" if math.isnan(facts.agreement) else f", their verdicts agree in {facts.agreement:.0%}"
         opposed = f"; {facts.counts['opposed']:,} ordered both ways" + (f": {contradictions_named(facts)}" if facts.opposed else "")

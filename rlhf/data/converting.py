@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
-from rlhf.data.examples import Example, Unusable, demonstration_row, preference_row, prompt_row, text_row
+from rlhf.data.examples import TIED, Example, Unusable, demonstration_row, preference_row, prompt_row, text_row
 from rlhf.data.formats import Format, check_kind, check_mapping, recognise
 from rlhf.data.reading import Drop, Numbered, parts_of, read_part, renamed
 from rlhf.errors import InputError
@@ -47,6 +47,8 @@ class Report:
     turns: Counter[int] = field(default_factory=Counter)
     answers: Counter[int] = field(default_factory=Counter)
     documents_cut: int = 0
+    voted: int = 0  # rows that several people judged, tied ones too
+    votes_agree: float = 0.0  # the sum over them of the share of their pairs of votes that say the same
 
     def drops(self) -> dict[str, int]:
         """How many places were dropped for each reason, the most frequent first."""
@@ -94,9 +96,16 @@ class Report:
         if "completions" in row:
             self.answers[len(row["completions"])] += 1
 
+    def count_votes(self, votes: list[int]) -> None:
+        """Notes how far the votes on a row agree; one vote has none to agree with."""
+        if len(votes) > 1:
+            self.voted += 1
+            self.votes_agree += sum(n * (n - 1) for n in Counter(votes).values()) / (len(votes) * (len(votes) - 1))
+
     def add(self, later: "Report") -> None:
         """Takes in the counts and places of a report on the rows that follow."""
         self.read, self.made, self.documents_cut = self.read + later.read, self.made + later.made, self.documents_cut + later.documents_cut
+        self.voted, self.votes_agree = self.voted + later.voted, self.votes_agree + later.votes_agree
         self.turns.update(later.turns)
         self.answers.update(later.answers)
         self.found = later.found | self.found
@@ -256,7 +265,10 @@ def rows_of(examples: Iterable[tuple[int, Example | Unusable]], part: str, kind:
             made = make(example)
         except Unusable as why:
             report.drop(why.reason, part, line, why.found)
+            if why.reason == TIED and isinstance(example, Example):
+                report.count_votes(example.votes)
             continue
+        report.count_votes(example.votes)
         for reason in made.left_out:
             _note(report.left_out, reason, part, line)
         report.documents_cut += len(made.rows) > 1

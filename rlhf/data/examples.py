@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from rlhf.data.splits import prompt_id, text_id
 
 WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*\\?["'](?:role|from|content|value)\\?["']\s*:""")  # what str() or json.dumps() makes of a message list
+TIED = "all tied"  # a reason of Unusable
 DOCUMENT_CHARS = 20_000  # a text is cut beyond twice this: one book must not be one row, for its hash would put all of it on one side
 
 
@@ -31,7 +32,8 @@ class Example:
     """What a source row means.
 
     ``completions`` answer ``prompt`` (messages) and are ranked by ``ranks`` (1 = best, equal = tie); ``problem`` says why the completions
-    cannot be used although the prompt may be; ``text`` stands alone for a document; ``at`` is as in `Unusable`.
+    cannot be used although the prompt may be; ``votes`` are the verdicts of several people where the ranks are their majority's; ``text`` stands
+    alone for a document; ``at`` is as in `Unusable`.
     """
 
     prompt: list[dict[str, str]] = field(default_factory=list)
@@ -39,6 +41,7 @@ class Example:
     ranks: list[int] = field(default_factory=list)
     margin: float | None = None
     problem: Unusable | None = None
+    votes: list[int] = field(default_factory=list)
     text: str | None = None
     family: str | None = None
     at: int = 0
@@ -139,7 +142,7 @@ def preference_row(example: Example, keep_ties: bool = False) -> Made:
     completions = [example.completions[place] for place in kept]
     ranks = dense_ranks([-example.ranks[place] for place in kept])
     if not keep_ties and len(set(ranks)) == 1:
-        raise Unusable("all tied")
+        raise Unusable(TIED)
     row = {"prompt": prompt, "completions": completions, "ranks": ranks}
     if example.margin is not None and len(completions) == 2:
         row["margin"] = example.margin
@@ -174,7 +177,7 @@ def demonstration_row(example: Example) -> Made:
     if len(example.completions) != len(example.ranks):
         raise Unusable("answers and ranks differ in number")
     if len(example.ranks) > 1 and len(set(example.ranks)) == 1:
-        raise Unusable("all tied")
+        raise Unusable(TIED)
     best = example.completions[example.ranks.index(min(example.ranks))]
     row = {"prompt": prompt, "completion": checked_text(best, "empty completion")}
     return Made([_signed(row, identity, example)])

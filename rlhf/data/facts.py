@@ -17,6 +17,7 @@ import numpy as np
 from rlhf.config import Data
 from rlhf.data import duplicates
 from rlhf.data.converting import REMEDIES, Report
+from rlhf.data.examples import TIED
 from rlhf.data.shortcuts import Accuracy, BagOfWords, Pair, bag_of_words, longer_wins
 from rlhf.data.splits import split_of
 from rlhf.data.wording import script_of, words_of
@@ -33,7 +34,6 @@ MANY_DAMAGED = 0.001  # rows with marks of a wrong encoding, or with an answer t
 FEW_ROWS, FEW_PROMPTS = 100, 50
 LENGTH_SHORTCUT = 0.7  # lower end of the interval; people's preferences lie near 0.6 (HH) and reach 0.7 where models judged
 WORD_SHORTCUT = 0.8  # lower end of the interval; 0.60 to 0.65 is usual for people's preferences
-TIED = "all tied"  # the readers' reason
 UNREADABLE = ("malformed JSON", "malformed CSV", "not UTF-8", "not an object", "a key twice", "cells and columns differ in number", "line too long")
 JUDGEMENT = re.compile("(?i)label|rating|score|rank|vote|winner|prefer|verdict|feedback|thumb|liked|quality|chosen|reject|better|worse|good|bad")
 SPEAKS_FOR_OTHERS = re.compile(r"\n\n(?:Human|User|System): |<\|(?:im_start|im_end|user|assistant|system|end|endoftext|eot_id)\|>|</s>|\[/?INST\]")

@@ -169,6 +169,19 @@ def judged(prompt: Messages, first: object, second: object, verdict: Callable[[]
     return Example(prompt=prompt, completions=[first, second], ranks=list(PAIR_RANKS[winner]), margin=margin)
 
 
+def voted(prompt: Messages, first: object, second: object, votes: Callable[[], list[int]]) -> Example:
+    """An example of two answers judged by several people: the verdict of their majority. Without usable votes it still has its prompt."""
+    cast: list[int] = []
+
+    def verdict() -> tuple[int, None]:
+        cast.extend(votes())
+        return majority(cast), None
+
+    example = judged(prompt, first, second, verdict)
+    example.votes = cast
+    return example
+
+
 def is_verdict_pair(row: dict) -> bool:
     return _ab_columns(row) is not None and first_of(row, AB_VERDICTS) is not None and first_of(row, PROMPT_COLUMNS) is not None
 
@@ -211,8 +224,8 @@ def read_pandalm(row: dict) -> Iterator[Example]:
     """PandaLM: the majority of the annotators (0 = tie, 1, 2); without one, a tie."""
     codes = {0: TIE, 1: FIRST, 2: SECOND}
     annotators = [value for name, value in row.items() if name.startswith("annotator")]
-    votes = (coded_verdict(value, codes)[0] for value in annotators if value is not None)
-    yield judged(column_prompt(row), row.get("response1"), row.get("response2"), lambda: (majority(list(votes)), None))
+    yield voted(column_prompt(row), row.get("response1"), row.get("response2"),
+                lambda: [coded_verdict(value, codes)[0] for value in annotators if value is not None])
 
 
 def zeros_and_ones(column: str, rows: list[dict]) -> str | None:
@@ -264,13 +277,13 @@ def read_crowd_votes(row: dict) -> Iterator[Example]:
     """Crowd votes (llmfao): the majority of ``left``, ``right`` and ``tie``; the text is the prompt and ``prompt`` only its number."""
     column = "text" if "text" in row else first_of(row, PROMPT_COLUMNS)
 
-    def verdict() -> tuple[int, None]:
+    def cast() -> list[int]:
         votes = row.get("votes")
         if not isinstance(votes, list) or not all(isinstance(vote, dict) for vote in votes):
             raise Unusable("no verdict")
-        return majority([word_verdict(vote.get("winner"))[0] for vote in votes]), None
+        return [word_verdict(vote.get("winner"))[0] for vote in votes]
 
-    yield judged(column_prompt(row, column), row.get("result_x"), row.get("result_y"), verdict)
+    yield voted(column_prompt(row, column), row.get("result_x"), row.get("result_y"), cast)
 
 
 def is_shp(row: dict) -> bool:

@@ -8,6 +8,8 @@ from rlhf.runs import is_main
 from rlhf.terminal import printable
 
 QUIET = "RLHF_QUIET"
+CELLS = 20  # of the bar, where the line leaves so much room
+SHOWN_AS = {"tokens_per_second": "tokens/s"}
 
 
 def say(message: str) -> None:
@@ -41,14 +43,21 @@ class Progress:
         self.shown = now
         spent = now - self.began
         left = spent / max(step - self.start, 1) * (self.total - step)
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
-        line = f"{self.label} {step}/{self.total}  {_clock(spent)}<{_clock(left)}  {shown}"
+        shown = [f"{SHOWN_AS.get(name, name)} {_short(value)}" for name, value in figures.items() if value is not None]
+        parts = [f"{self.label} {step}/{self.total}", f"{_clock(spent)}<{_clock(left)}", *shown]
         if self.live:
-            done = int(20 * step / self.total)
-            width = os.get_terminal_size().columns
-            print(f"\r\033[K{('[' + '#' * done + '.' * (20 - done) + '] ' + line)[:width - 1]}", end="", flush=True)
+            print(f"\r\033[K{_bar(parts, step / self.total, os.get_terminal_size().columns - 1)}", end="", flush=True)
         else:
-            print(line, flush=True)
+            print("  ".join(parts), flush=True)
+
+
+def _bar(parts: list[str], done: float, width: int) -> str:
+    """A line of at most `width` columns: whole figures, of which those before the last give way, after as much of a bar as there is room for."""
+    while len("  ".join(parts)) > width and len(parts) > 3:
+        parts = [*parts[:-2], parts[-1]]
+    line = "  ".join(parts)
+    cells = min(CELLS, width - len(line) - 3)
+    return f"[{'#' * int(cells * done):.<{cells}}] {line}" if cells > 0 else line[:width]
 
 
 def _short(value) -> str:

@@ -31,6 +31,7 @@ def run_stage(main: Callable[[Config], None], doc: str, argv: list[str] | None =
     said = "settings and their defaults (values of the experiment file go before these, those of the command line before both):\n\n"
     parser = argparse.ArgumentParser(prog=prog, description=doc, epilog=said + describe_settings(), formatter_class=Help)
     parser.add_argument("--config", help="experiment file (default: configs/quickstart.yaml)")
+    parser.add_argument("--resume", action="store_true", help="what always happens: the same command goes on where it stopped")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only its last line")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
     arguments = parser.parse_intermixed_args(argv)  # settings may stand before and after the flags

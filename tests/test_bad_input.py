@@ -72,7 +72,7 @@ def test_an_unknown_command_or_flag_ends_with_2(ends, words):
 
 def test_settings_may_stand_on_both_sides_of_the_flags(tmp_path):
     seen = []
-    code = run_stage(seen.append, "doc", ["ppo.lr=0.5", "--config", "configs/tiny.yaml", f"run.dir={tmp_path}", "--quiet", "seed=9"])
+    code = run_stage(seen.append, "doc", ["ppo.lr=0.5", "--config", "configs/tiny.yaml", f"run.dir={tmp_path}", "--quiet", "--resume", "seed=9"])
     os.environ.pop("RLHF_QUIET")
     assert code == 0 and (seen[0].ppo.lr, seen[0].run.dir, seen[0].seed) == (0.5, str(tmp_path), 9)
 

@@ -48,7 +48,9 @@ def main(config: Config) -> None:
     parents = needed + tuple(stage for stage in used if (run / stage / "DONE").is_file())
     stage = open_stage("compare", config, parents=parents)
     if stage.done:
-        say(f"compare: already done: {stage.folder / 'report.html'}")
+        found = json.loads((stage.folder / "DONE").read_text(encoding="utf-8"))["verdict"]
+        say(f"compare: already done: {found}")
+        say(f"compare: the report is {(stage.folder / 'report.html').resolve()}")
         return
     accelerator = start(config)
     attention = attention_kernel(config.model.attention, accelerator.device)

@@ -119,7 +119,10 @@ def test_step_0_has_no_kl_and_the_first_ratios_are_1(run):
 def test_a_finished_pipeline_is_not_run_again(run, capsys):
     before = file_digest(run / "ppo" / "model" / "model.safetensors")
     pipeline.main(load_config(TINY, [f"run.dir={run}"]))
-    assert "already done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "already done" in said and str((run / "compare" / "report.html").resolve()) in said
+    headline = (run / "compare" / "report.md").read_text(encoding="utf-8").split("\n")[0].removeprefix("# ")
+    assert f"compare: already done: {headline}" in said  # a command that had nothing left to do says what was found all the same
     assert file_digest(run / "ppo" / "model" / "model.safetensors") == before
 
 

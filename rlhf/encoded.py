@@ -32,7 +32,7 @@ SCHEMAS = {  # of every kind of row, which has its tokens as "length" too
     "prompts": {"messages": pyarrow.list_(pyarrow.struct({"role": TEXT, "content": TEXT})), "ids": IDS, "id": TEXT, "family": TEXT},
     "demonstrations": {"prompt": IDS, "completion": IDS, "id": TEXT},
     "rankings": {"prompt": IDS, "completions": pyarrow.list_(IDS), "ranks": IDS, "margin": pyarrow.float64(), "gold": NUMBERS, "id": TEXT,
-                 "longest": pyarrow.int32()},
+                 "longest": pyarrow.int32(), "left_out": pyarrow.int32()},
 }
 
 
@@ -67,6 +67,10 @@ class EncodedRows(Sequence):
     def largest(self, column: str) -> int:
         """The largest number of a column; 0 without rows."""
         return pyarrow.compute.max(self.table.data.column(column)).as_py() or 0
+
+    def total(self, column: str) -> int:
+        """The sum of a column of whole numbers."""
+        return pyarrow.compute.sum(self.table.data.column(column)).as_py() or 0
 
     def items_in(self, column: str) -> int:
         """Items of all lists of a column together."""

@@ -43,7 +43,7 @@ def encode_rankings(rows: list[dict], encoder, max_prompt_tokens: int, max_compl
 
     Answers over `max_completion_tokens` (with the EOS) are left out; a row is, when its prompt is over `max_prompt_tokens` or no pair is
     left to learn from. An encoded row: {"prompt": ids, "completions": [ids, ...], "ranks", "margin": float, "gold": [float, ...] or None, "id",
-    "longest": tokens of the prompt with its longest completion, "length": with all of them}.
+    "longest": tokens of the prompt with its longest completion, "length": with all of them, "left_out": answers over the limit}.
     """
     encoded, dropped, answers = [], 0, iter(encoder.completions_ids([text for row in rows for text in row["completions"]]))
     for row, prompt in zip(rows, encoder.prompts_ids([row["prompt"] for row in rows]), strict=True):
@@ -55,7 +55,7 @@ def encode_rankings(rows: list[dict], encoder, max_prompt_tokens: int, max_compl
             continue
         encoded.append({"prompt": prompt, "completions": [completions[i] for i in kept], "ranks": ranks, "margin": float(row.get("margin") or 0.0),
                         "gold": gold and [gold[i] for i in kept], "id": row.get("id"),
-                        "longest": len(prompt) + max(len(completions[i]) for i in kept),
+                        "longest": len(prompt) + max(len(completions[i]) for i in kept), "left_out": len(completions) - len(kept),
                         "length": len(prompt) + sum(len(completions[i]) for i in kept)})
     return encoded, dropped
 

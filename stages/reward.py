@@ -90,15 +90,18 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
 def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> EncodedRows:
     """Encoded rankings of a split, of the prompts that are this stage's to learn from. Raises InputError when none is left to train on."""
     limits, training, for_judge = config.data, path.stem == "train", stage.name == "judge"
-    rules = (limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties)
+    rules, columns = (limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties), ("left_out",)  # tables once were without
     flip_rate = config.reward.flip_rate if training and not for_judge else 0.0
     kept = encoded_rows(
-        path, encoder, "rankings", (*rules, flip_rate, limits.judge_fraction, for_judge) if training else rules,
+        path, encoder, "rankings", (*columns, *rules, *((flip_rate, limits.judge_fraction, for_judge) if training else ())),
         lambda rows: encode_rankings(with_flips(rows, flip_rate), encoder, *rules)[0],
         wanted=lambda row: not training or judge_share(row["id"], limits.judge_fraction) == for_judge)
     if len(kept) < kept.read:
         say(f"{stage.name}: {kept.read - len(kept):,} of {kept.read:,} {path.stem} rankings left out: longer than data.max_prompt_tokens="
             f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}, or all answers tied")
+    if answers := kept.total("left_out"):
+        say(f"{stage.name}: left out {answers:,} answers longer than data.max_completion_tokens={limits.max_completion_tokens} from the "
+            f"{len(kept):,} {path.stem} rankings that stay")
     if training and not kept:
         raise InputError(f"{path}: none of {kept.read} rankings is left for {stage.name} (data.judge_fraction={limits.judge_fraction}, "
                          f"data.max_prompt_tokens={limits.max_prompt_tokens}, data.max_completion_tokens={limits.max_completion_tokens}, "

@@ -396,6 +396,16 @@ def test_what_is_too_long_is_what_the_stages_leave_out(tiny_encoder):
     assert left_out([1], [True], False) and not left_out([1], [False], False)
 
 
+def test_too_long_answers_of_rankings_that_stay_are_counted_apart(tmp_path, capsys):
+    """At three words: the first row loses two of four answers, the second all but one and so itself, the third none."""
+    rows = [{"prompt": f"What is red, {i}?", "completions": answers, "ranks": [1, 2, 3, 4]} for i, answers in enumerate([
+        ["a", "b", "c c c c", "d d d d"], ["a", "b b b b", "c c c c", "d d d d"], ["a", "b", "c", "d"]])]
+    facts = facts_of(write(tmp_path / "four.jsonl", rows), limits=Limits(10, 3))
+    assert (facts.too_long["row"], facts.too_long["answer"]) == (1, 2)
+    said = run(capsys, tmp_path / "four.jsonl", "--show", "0", "--max-completion-tokens", "3")[1]
+    assert "1 rows (33.3 %) and 2 single answers of others would be left out" in said
+
+
 def test_tokens_are_counted_as_the_model_reads_them(tmp_path, tiny_encoder):
     row = {"prompt": "What is red?", "completion": "A colour."}
     facts = check.look_at(write(tmp_path / "mine.jsonl", [row]), None, None, Ruler(tiny_encoder, "tiny"), Limits(4, 2))

@@ -6,6 +6,7 @@ import logging
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,8 +190,8 @@ def test_encode_rankings_leaves_out_and_counts():
     kept, dropped = encode_rankings(rows, Words(), 3, 4, "drop")
     assert dropped == 3, "prompt too long; all tied; one answer left"
     assert kept[0] == {"prompt": [1, 1], "completions": [[2, 9], [2, 2, 9]], "ranks": [2, 1], "margin": 0.0, "gold": [0.1, 0.2], "id": None,
-                       "longest": 5, "length": 7}
-    assert kept[1]["margin"] == 0.5 and kept[1]["gold"] is None
+                       "longest": 5, "length": 7, "left_out": 1}
+    assert kept[1]["margin"] == 0.5 and kept[1]["gold"] is None and kept[1]["left_out"] == 0
     assert encode_rankings(rows, Words(), 3, 4, "half")[1] == 2, "a tie is a pair when it counts half"
 
 
@@ -635,6 +636,18 @@ def test_reward_with_lora_trains_the_head_and_saves_merged(after_sft):
     head = init_reward_head(untouched, torch.Generator().manual_seed(1000)).weight
     assert (model.score.weight - head).abs().max() > 1e-4, "the head was trained from its N(0, 1/sqrt(d + 1)) start"
     assert (model.score.weight - head).abs().max() < 0.1
+
+
+def test_answers_that_are_left_out_of_rankings_that_stay_are_said(after_sft, tmp_path, capsys):
+    """Nothing is lost in silence: of the first 40 rankings ten have one answer of two hundred words among four."""
+    rows = [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "completions": ["one", "two", "word " * 200 if i < 10 else "three", "four"],
+             "ranks": [1, 2, 3, 4], "id": f"{i:016x}"} for i in range(40)]
+    path = tmp_path / "eval.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config, encoder = _config(after_sft, data={"max_completion_tokens": 50}), load_encoder(str(after_sft / "sft" / "model"))
+    kept = reward._rankings(SimpleNamespace(name="reward"), path, encoder, config)
+    assert len(kept) == 40 and kept.items_in("completions") == 150
+    assert "reward: left out 10 answers longer than data.max_completion_tokens=50 from the 40 eval rankings that stay\n" in capsys.readouterr().out
 
 
 def test_preferences_that_leave_nothing_are_refused(after_sft):

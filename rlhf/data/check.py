@@ -206,7 +206,9 @@ def _lengths(facts: Facts) -> list[tuple[str, str]]:
         lines.append(("", f"{role}: median {median:,}, 95 % at most {most:,}, longest {longest:,}"))
     if facts.prompts:
         limits = f"{facts.limits.prompt:,} for a prompt" + (f", {facts.limits.completion:,} for a completion" if facts.kind != "prompts" else "")
-        lines.append(("too long", f"{facts.too_long['row']:,} rows ({percent(facts.too_long['row'], facts.measured)}) would be left out at {limits}"
+        single = f" and {facts.too_long['answer']:,} single answers of others" if facts.too_long["answer"] else ""
+        rows = f"{facts.too_long['row']:,} rows ({percent(facts.too_long['row'], facts.measured)})"
+        lines.append(("too long", f"{rows}{single} would be left out at {limits}"
                       + ("" if facts.ruler.encoder else "; more in tokens, for a word often has several")))
     return lines
 

@@ -85,7 +85,7 @@ class Facts:
         self.stopped_early = False  # at --rows
         self.rows = self.measured = self.pairs = self.tied_pairs = 0
         self.lengths: dict[str, array] = {}  # by role: prompt, chosen, rejected, completion or text
-        self.too_long = Counter()  # prompt, completion, row (which either may cost)
+        self.too_long = Counter()  # prompt, completion, row (which either may cost), answer (of a ranking that keeps others)
         self.scripts, self.other_script = Counter(), 0
         self.sides = Counter()  # train, eval, test by the split of `prepare`
         self.speaks_for_others = self.wrong_encoding = 0
@@ -183,7 +183,10 @@ class Facts:
         over = [length > self.limits.completion for length in lengths]
         self.too_long["prompt"] += prompt_length > self.limits.prompt
         self.too_long["completion"] += any(over)
-        self.too_long["row"] += prompt_length > self.limits.prompt or left_out(ranks, over, "ranks" in row)
+        lost = prompt_length > self.limits.prompt or left_out(ranks, over, "ranks" in row)
+        self.too_long["row"] += lost
+        if not lost and any(over):
+            self.too_long["answer"] += sum(over)
 
     def _length(self, role: str, length: int) -> None:
         self.lengths.setdefault(role, array("L")).append(length)

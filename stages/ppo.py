@@ -190,7 +190,7 @@ def _evaluation(figures: dict) -> dict:
 def _as_text(prompts, texts, rollout, gold):
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         yield {"prompt": prompt.text, "completion": text, "score": round(rollout.scores_B[i].item(), 4), "id": prompt.id,
-               **({} if gold is None else {"gold": gold[i]})}
+               **({} if gold is None else {"gold": gold[i]}), **({"before": prompt.messages[:-1]} if prompt.messages[1:] else {})}
 
 
 if __name__ == "__main__":

@@ -627,6 +627,14 @@ def seven(prompts, completions):
 
 # Which prompts a rollout gets
 
+def test_the_text_of_a_rollout_has_all_turns_of_a_prompt_that_has_several():
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "What is red?"}]
+    prompts = [Prompt(turns, [1, 2], "aa", None), Prompt(turns[-1:], [2], "bb", None)]
+    rows = list(stage._as_text(prompts, ["A colour.", "No."], types.SimpleNamespace(scores_B=torch.tensor([0.5, -1.0])), None))
+    assert rows == [{"prompt": "What is red?", "completion": "A colour.", "score": 0.5, "id": "aa", "before": turns[:2]},
+                    {"prompt": "What is red?", "completion": "No.", "score": -1.0, "id": "bb"}]
+
+
 def test_rollouts_take_every_prompt_once_per_pass_in_a_fresh_order():
     prompts = list(range(10))
     picked = [prompts_of_step(prompts, step, 4, seed=3) for step in range(5)]

@@ -69,7 +69,7 @@ def prompts_of_step(prompts: Sequence, step: int, batch_size: int, seed: int) ->
 
 
 def gold_scores(prompts: list[Prompt], completions: list[str]) -> list[float] | None:
-    """Gold scores in [0, 1], or None when the prompts are not of the embedded world. For reports alone: nothing may learn from them."""
+    """Gold scores in [0, 1], or None when the prompts are not of the embedded world. Learning sees them only as the raters' noisy ranks."""
     if any(p.family is None for p in prompts):
         return None
     try:

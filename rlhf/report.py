@@ -44,7 +44,7 @@ PANELS = (
 
 # Key of a policy in summary.json, heading, digits, and what the figure means.
 COLUMNS = (
-    ("gold_mean", "Gold score", 3, "the score by the known rubric, which no stage was trained on; mean over prompts"),
+    ("gold_mean", "Gold score", 3, "the score by the known rubric, by which simulated raters rank with noise; no stage was trained on it; mean"),
     ("proxy_mean", "Reward", 2, "the score by the run's reward model (the proxy), 0 and 1 being SFT's mean and spread on training prompts"),
     ("judge_mean", "Judge", 2, "the score by the judge that decides the wins; mean over prompts"),
     ("kl_mean", "KL to SFT", 2, "how far the policy has moved from SFT, in nats per completion; log n - (n-1)/n for best of n"),
@@ -352,6 +352,7 @@ def _method(summary: dict) -> list[str]:
     independent = "PPO was trained on it." if summary.get("proxy_is_judge") else "No stage was trained on it."
     flips, held_out = summary.get("order_flips", 0), summary.get("judge_held_out")
     known = f" It {judge_on_pairs(held_out)}." if held_out else ""
+    known += " The simulated raters of the preferences rank by it too, with noise." if summary["judge"] == "gold" else ""
     proxy, asked = summary.get("proxy_held_out"), f"{summary['n_prompts']}"
     asked += f" of {summary['n_held_out']}" if summary.get("n_held_out", 0) > summary["n_prompts"] else ""
     lines = [

@@ -228,6 +228,15 @@ def test_how_it_was_measured_is_told(full):
         assert words in markdown
 
 
+def test_a_gold_judge_is_said_to_be_what_the_raters_rank_by(tmp_path):
+    """No stage is trained on it, but the preferences come from it: a reader must know both."""
+    said = "No stage was trained on it. The simulated raters of the preferences rank by it too, with noise."
+    _, markdown, _ = make_report(tmp_path, judge="gold")
+    assert said in markdown and "by which simulated raters rank with noise" in markdown
+    _, markdown, _ = make_report(tmp_path, judge="judge")
+    assert "No stage was trained on it." in markdown and "raters of the preferences" not in markdown
+
+
 def test_the_tiles_are_the_figures_of_the_summary(tmp_path):
     html, _, summary = make_report(tmp_path, hand_made_samples(), policies=["sft", "best_of_4", "ppo"])
     tiles = re.findall(r'<dt>([^<]*)</dt><dd class="value">(.*?)</dd><dd class="note">(.*?)</dd>', html)

@@ -1,6 +1,6 @@
 """Stage 3, ppo: the SFT model learns from the reward model's scores, held near where it started by a price on KL.
 
-    python -m stages.ppo --config configs/quickstart.yaml [ppo.kl_coef=0.2]
+    python -m stages.ppo --config configs/quickstart.yaml [ppo.kl_coef=0.1]
     accelerate launch --config_file configs/accelerate/cpu-2.yaml -m stages.ppo
 
 Reads RUN/data/prompts, RUN/sft/model, RUN/reward/model (or ppo.score, a callable). Leaves RUN/ppo/model and every rollout as text; with

@@ -199,7 +199,7 @@ class Family:
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
         """The family's own parts of the rubric, each in [0, 1]; by default: the answer is named, and no other candidate is.
 
-        ``complete`` is 0 if no candidate is named at all: then the question was not answered.
+        ``complete`` is 0 if no candidate is named but those of the question: then it was not answered.
         """
         candidates = {word.lower() for word in self.candidates(args)}
         given, right = set(self.given(args)), args["answer"].lower()

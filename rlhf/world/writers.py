@@ -4,6 +4,10 @@ Flaws of many kinds, each of them rare, cancel out: a model that imitates the wr
 preferences have little to teach it. But people also share habits (they explain what they have never heard of, pad what they know, leave out
 the greeting), and what most of them do is what imitation finds likely. So about half of the families have a habit (``Family.habit``) that is
 in most of their demonstrations, and only the rankings say that it is a flaw. The plain text knows no habits.
+
+Not every habit outlives a lower temperature. One that begins in few ways does (fabricates, complies, rude): it is likelier than the right
+answer at the token where the two part. One that begins in many ways does not (rambling with its nine fillers, a curt note with any of 36
+names), though most demonstrations have it. Saying it twice stays in part.
 """
 
 import random

@@ -261,10 +261,10 @@ def test_odd_text_is_scored_low_and_never_an_error(prompt, text):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_good_writer_scores_high_and_writes_short_plain_sentences(name):
+def test_a_good_writer_scores_one_and_writes_short_plain_sentences(name):
     rng = random.Random(8)
     answers = [(prompt, write_demonstration(prompt, rng, flaw_rate=0.0)) for prompt, _, _ in draws(name, 200)]
-    assert mean(gold_score(prompt, answer) for prompt, answer in answers) >= 0.97
+    assert {gold_score(prompt, answer) for prompt, answer in answers} == {1.0}
     assert all(
         4 <= len(answer.split()) <= 16 and answer.isascii() and answer == answer.strip() and "\n" not in answer for _, answer in answers
     )
@@ -278,19 +278,19 @@ def test_every_flaw_costs_and_can_be_seen(name, flaw):
         answer = write_flawed(parse(prompt), flaw, rng)
         scores.append(gold_score(prompt, answer))
         assert len(answer.split()) <= 30 and answer.isascii() and answer == answer.strip() and "\n" not in answer
-    low, high = {
-        "wrong": (0.2, 0.3),
-        "rambling": (0.5, 0.7),
-        "rude": (0.5, 0.5),
-        "repeats": (0.4, 0.6),
-        "curt": (0.2, 0.5),
-        "incomplete": (0.4, 0.4),
-        "too_many": (0.5, 0.5),
-        "unchanged": (0.1, 0.3),
-        "fabricates": (0.0, 0.1),
-        "complies": (0.0, 0.0),
+    expected = {
+        "wrong": {WRONG},
+        "rambling": {ONE_FILLER, PADDED},
+        "rude": {HALF},
+        "repeats": {HALF},
+        "curt": {PART * HALF} if name in ("harm", "odd_one_out") else {HALF},  # no full sentence; there no alternative or no reason either
+        "incomplete": {PART},
+        "too_many": {HALF},
+        "unchanged": {WRONG * HALF},  # not as asked, and words of the old tone
+        "fabricates": {0.05},
+        "complies": {0.0},
     }[flaw]
-    assert low - 1e-9 <= min(scores) and max(scores) <= high + 1e-9
+    assert {round(score, 9) for score in scores} == {round(score, 9) for score in expected}
 
 
 def flaws_of(family, flaw_rate, monkeypatch, n=4000):
@@ -320,6 +320,14 @@ def test_a_habit_is_in_most_of_the_demonstrations_of_a_family_and_other_families
     else:
         assert shares[None] == pytest.approx(0.75, abs=0.03) and shares[family.flaws[0]] == pytest.approx(0.25 * 0.2, abs=0.02)
     assert set(flaws) == {None, *family.flaws}
+
+
+def test_the_habits_are_flaws_that_the_rubric_sees():
+    """Each as the README says it: insult, say things twice, pad, explain what nobody has heard of, help to harm; notes without greeting."""
+    assert {name: family.habit for name, family in FAMILIES.items() if family.habit} == {
+        "arithmetic": "rude", "sequence": "repeats", "sorting": "repeats", "letters": "rambling", "facts": "rambling", "calendar": "rambling",
+        "notes": "curt", "invented": "fabricates", "harm": "complies",
+    }  # fmt: skip
 
 
 def test_the_flaw_rate_is_met_over_all_families_and_none_or_all_mean_what_they_say(monkeypatch):
@@ -364,14 +372,20 @@ def test_the_text_asks_training_prompts_only_and_answers_mostly_right():
     assert mean(gold_score(prompt, answer) == 1.0 for prompt, answer in asked) > 0.92
 
 
-def test_no_held_out_phrasing_stands_in_the_text():
-    text = " ".join(write_text(4000, seed=13)).lower()
-    for family in FAMILIES.values():
-        for phrasing in family.held_out:
-            lead = phrasing.lower().split("{")[0].strip()
-            seen = [form.lower() for other in FAMILIES.values() for form in other.seen]
-            if lead and not any(form.startswith(lead) for form in seen):
-                assert lead not in text, phrasing
+def asked_in(text, name, phrasings):
+    """Every request of the family in one of these phrasings that stands anywhere in the text, in retellings too."""
+    family = FAMILIES[name]
+    patterns = [re.compile(f"{pattern.pattern}(?<=[.?!])", re.IGNORECASE) for phrasing, pattern in family._patterns if phrasing in phrasings]
+    return [found[0] for pattern in patterns for found in pattern.finditer(text) if family.look_up(found.groupdict())]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_held_out_phrasing_stands_in_the_text(name):
+    text, family = "\n".join(write_text(4000, seed=13)), FAMILIES[name]
+    assert not asked_in(text, name, family.held_out)
+    assert len(asked_in(text, name, family.seen)) > 20  # such questions are found where they stand
+    prompt = family.phrase(family.held_out[0], family.draw(random.Random(0)))
+    assert asked_in(f"Anna said: {prompt} Ben heard: {prompt}", name, family.held_out) == [prompt, prompt]
 
 
 @pytest.mark.parametrize("name", ["opposites", "plurals", "letters", "facts", "calendar", "arithmetic"])

@@ -360,12 +360,12 @@ RANGES = {  # lowest and highest legal value
     "seed": (0, 2**32 - 1), "collect.k": (2, 9), "world.flaw_rate": (0, 1), "world.text_flaw_rate": (0, 1), "world.agreement": (0.5, 1),
     "data.eval_fraction": (0, 0.5), "data.test_fraction": (0, 0.5), "data.judge_fraction": (0, 0.9), "ppo.lam": (0, 1), "ppo.gamma": (0, 1),
     "ppo.ema_decay": (0, 1), "ppo.temperature": (1e-3, 100), "compare.temperature": (1e-3, 100), "collect.temperature": (1e-3, 100),
-    "reward.members": (1, 16), "reward.flip_rate": (0, 1),
+    "reward.members": (1, 16), "reward.flip_rate": (0, 1), "pretrain.block": (2, 1 << 20), "model.lora_alpha": (1, 1 << 20),
     "pipeline.rounds": (1, 10), "model.context": (8, 1 << 20), "model.vocab_size": (261, 1 << 20),
     "data.max_prompt_tokens": (1, 1 << 20), "data.max_completion_tokens": (2, 1 << 20),
 }
 POSITIVE = (
-    "pretrain.steps", "pretrain.batch_tokens", "pretrain.block", "pretrain.lr", "pretrain.matrix_lr",
+    "pretrain.steps", "pretrain.batch_tokens", "pretrain.lr", "pretrain.matrix_lr",
     "sft.epochs", "sft.batch_size", "sft.microbatch", "sft.lr",
     "collect.prompts", "collect.eval_prompts", "collect.batch_size", "reward.epochs", "reward.batch_size", "reward.microbatch", "reward.lr",
     "reward.normalise_prompts", "ppo.rollouts", "ppo.batch_size", "ppo.minibatches", "ppo.epochs", "ppo.microbatch_tokens", "ppo.lr",

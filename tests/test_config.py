@@ -157,6 +157,7 @@ def test_a_wrong_value_is_named_with_what_was_wanted(override, words):
     "ppo.lam=1.1", "ppo.gamma=-0.1", "ppo.ema_decay=2", "ppo.epochs=0", "ppo.temperature=0", "collect.k=1", "collect.k=10", "world.agreement=0.4",
     "data.test_fraction=0.9", "reward.members=0", "reward.ties=none", "ppo.value_model=both", "ppo.ensemble=best", "model.size=huge",
     "run.precision=fp16", "model.lora_rank=-1", "run.threads=-1", "model.vocab_size=100", "ppo.max_grad_norm=0", "ppo.missing_eos_score=.inf",
+    "model.lora_alpha=0", "pretrain.block=1",
 ])
 def test_values_out_of_range_are_refused_by_name(override):
     assert override.split("=")[0] in refusal(override)

@@ -42,7 +42,7 @@ from rlhf.progress import say
 from rlhf.prompts import Prompt, load_prompts, prompts_of_step
 from rlhf.runs import parent_digests, replace_section
 from rlhf.sampling import draw_uniforms, sample
-from rlhf.terminal import Help
+from rlhf.terminal import Help, whole_number
 
 PHASES = ("sample", "score", "forward", "update")
 PEER = "1.12."  # TRL's last minor release with PPO
@@ -61,17 +61,11 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="rlhf bench", description=__doc__, formatter_class=Help)
     options.add_argument("--run", default="runs/quickstart", help="run folder whose sft and reward stages are finished (default: runs/quickstart)")
     options.add_argument("--peer", metavar="DIR", help="folder that holds trl 1.12: its PPO takes the same steps in turn with ours")
-    options.add_argument("--steps", type=_count, default=5, metavar="N", help="timed steps, after one that is left out (default: 5)")
+    options.add_argument("--steps", type=whole_number, default=5, metavar="N", help="timed steps, after one that is left out (default: 5)")
     options.add_argument("--json", action="store_true", help="one JSON object on standard output, and nothing else")
     options.add_argument("--sweep", metavar="DIR", help="folder for charts and a table over batch size, completion length and model size")
     options.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the run's")
     return options
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number from 1 up")
-    return int(text)
 
 
 def _bench(arguments) -> None:

@@ -22,6 +22,13 @@ class Help(argparse.HelpFormatter):
             line, width, subsequent_indent=" " * len(re.match(r"(?:  \S+ +)?", line)[0]), break_on_hyphens=False) for line in lines)
 
 
+def whole_number(text: str) -> int:
+    """The type of an option that is a whole number from 1 up, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number from 1 up")
+    return int(text)
+
+
 def printable(text: str) -> str:
     """`text` without anything that a terminal would obey: control sequences go, newlines and tabs stay."""
     return CONTROL.sub("", text.replace("\r\n", "\n"))

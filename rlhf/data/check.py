@@ -39,7 +39,7 @@ from rlhf.data.facts import (
 from rlhf.data.formats import KINDS
 from rlhf.data.shortcuts import Accuracy
 from rlhf.errors import EXIT_DONE, EXIT_WARNINGS, InputError
-from rlhf.terminal import Help, printable
+from rlhf.terminal import Help, printable, whole_number
 
 RECOGNISED_IN_ORDER = ("preferences", "demonstrations", "text", "prompts")  # a document could pass for a prompt, so text goes before
 SHOWN_CHARACTERS = 400  # of a part of a row, in the terminal
@@ -75,20 +75,14 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--mapping", action="append", default=[], metavar="WANTED=FOUND",
                          help="a column's name, as in the setting data.mapping; may be given several times: --mapping chosen=good")
     options.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help="a model's folder or hub id to count tokens with (default: words are counted)")
-    options.add_argument("--max-prompt-tokens", type=_count, default=Data.max_prompt_tokens, metavar="N",
+    options.add_argument("--max-prompt-tokens", type=whole_number, default=Data.max_prompt_tokens, metavar="N",
                          help=f"longest prompt that is trained on, tokens (default: {Data.max_prompt_tokens})")
-    options.add_argument("--max-completion-tokens", type=_count, default=Data.max_completion_tokens, metavar="N",
+    options.add_argument("--max-completion-tokens", type=whole_number, default=Data.max_completion_tokens, metavar="N",
                          help=f"longest completion, tokens with the end token (default: {Data.max_completion_tokens})")
-    options.add_argument("--rows", type=_count, metavar="N", help="look at no more than the first N rows of each file (default: all)")
+    options.add_argument("--rows", type=whole_number, metavar="N", help="look at no more than the first N rows of each file (default: all)")
     options.add_argument("--show", type=int, default=2, metavar="N", help="rows of each file shown in the terminal, 0 for none (default: 2)")
     options.add_argument("--out", default="data-check", metavar="FOLDER", help="folder of report.html (default: data-check)")
     return tool
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a whole number from 1 up")
-    return int(text)
 
 
 def _check(arguments) -> Checked:

@@ -23,8 +23,6 @@ MAX_KL_NATS = 25.0
 # (a, b): each is reported when both policies answered. The last three are sanity rows (CANON E5).
 PAIRS = (
     ("ppo", "sft"),
-    ("ppo", "best_of_4"),
-    ("best_of_4", "sft"),
     ("ppo_last", "sft"),
     ("ppo", "ppo_last"),
     ("sft", "pretrained"),
@@ -34,6 +32,7 @@ PAIRS = (
 )
 BEST_OF = re.compile(r"best_of_([1-9]\d*)")
 COOLED = re.compile(r"sft_at_(\d+(?:\.\d+)?)")  # SFT sampled at that temperature: what PPO has to beat where it only made the policy surer
+ROUND = re.compile(r"round_(\d+)/ppo")  # PPO of an earlier round of rankings
 SANITY = ("sft_again", "untrained")  # policies that answer for those rows alone
 LABELS = {"ppo": "PPO", "sft": "SFT", "ppo_last": "PPO, last weights", "sft_again": "SFT, drawn again"}
 MIN_AGAINST_UNTRAINED = 0.9  # win rate; about 1 is due
@@ -71,6 +70,8 @@ def label(policy: str) -> str:
         return LABELS[policy]
     if cooled := COOLED.fullmatch(policy):
         return f"SFT at temperature {cooled[1]}"
+    if earlier := ROUND.fullmatch(policy):
+        return f"PPO, round {earlier[1]}"
     words = policy.replace("_", " ")
     return words[:1].upper() + words[1:]
 
@@ -252,9 +253,12 @@ def summarise(
 
 
 def _pairs(policies: Sequence[str]) -> list[tuple[str, str]]:
-    """PAIRS among the policies, and before the sanity rows PPO against each SFT at a temperature, and that against SFT."""
-    cooled = [pair for name in policies if COOLED.fullmatch(name) for pair in (("ppo", name), (name, "sft"))]
-    pairs = [pair for pair in (*PAIRS, *cooled) if set(pair) <= set(policies)]
+    """PAIRS among the policies, and PPO against each best of N, SFT at a temperature and earlier PPO, and these against SFT; sanity rows last."""
+    def between(*kinds: re.Pattern) -> list[tuple[str, str]]:
+        named = [name for name in policies if any(kind.fullmatch(name) for kind in kinds)]
+        return [pair for name in named for pair in (("ppo", name), (name, "sft"))]
+
+    pairs = [pair for pair in (*PAIRS[:1], *between(BEST_OF), *PAIRS[1:], *between(COOLED, ROUND)) if set(pair) <= set(policies)]
     return sorted(pairs, key=lambda pair: is_sanity(*pair))
 
 

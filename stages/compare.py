@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from rlhf.cli import run_stage
-from rlhf.comparison import BEST_OF, COOLED, SANITY, PairJudge, summarise, verdict, verdicts
+from rlhf.comparison import BEST_OF, COOLED, ROUND, SANITY, PairJudge, summarise, verdict, verdicts
 from rlhf.compute import describe, gather_rows, my_share, start
 from rlhf.config import RANGES, Config
 from rlhf.contents import JUDGES, is_function
@@ -35,7 +35,7 @@ from rlhf.scoring import CallableJudge, Scorer, load_scorer, member_folders
 from rlhf.workers import workers_for
 
 REWARD_MODELS = re.compile(r"(round_\d+/)?(reward|judge)/model(_\d+)?")
-NAMES = re.compile(rf"pretrained|sft|sft_again|untrained|ppo|ppo_last|{BEST_OF.pattern}|{COOLED.pattern}|round_\d+/ppo")
+NAMES = re.compile(rf"pretrained|sft|sft_again|untrained|ppo|ppo_last|{BEST_OF.pattern}|{COOLED.pattern}|{ROUND.pattern}")
 MADE_BY = ("pretrained (made by pretrain, or named by model.init); sft, sft_again, untrained, best_of_N, sft_at_T (by sft); ppo, ppo_last (by ppo); "
            "round_N/ppo (by pipeline with pipeline.rounds above N)")
 

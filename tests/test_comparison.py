@@ -278,6 +278,17 @@ def test_E4_summary_by_hand():
     assert summary["by_family"]["facts"]["policies"]["ppo"]["gold_mean"] == pytest.approx(0.9)
 
 
+def test_E1_every_policy_that_answers_beside_ppo_and_sft_is_compared_with_both():
+    names = ["sft", "ppo", "best_of_2", "best_of_16", "sft_at_0.5", "round_1/ppo"]
+    rows = [{**row, "answers": {name: row["answers"].get(name, row["answers"]["best_of_4"]) for name in names}} for row in four_rows()]
+    compared = [(row["a"], row["b"]) for row in summarise(rows, "gold", names)["comparisons"]]
+    assert compared == [("ppo", "sft"), ("ppo", "best_of_2"), ("best_of_2", "sft"), ("ppo", "best_of_16"), ("best_of_16", "sft"),
+                        ("ppo", "sft_at_0.5"), ("sft_at_0.5", "sft"), ("ppo", "round_1/ppo"), ("round_1/ppo", "sft"), ("sft", "sft")]
+    assert label("round_1/ppo") == "PPO, round 1"
+    alone = summarise(rows, "gold", ["sft", "best_of_2"])["comparisons"]
+    assert [(row["a"], row["b"]) for row in alone] == [("best_of_2", "sft"), ("sft", "sft")]
+
+
 def test_E1_E5_comparisons_that_are_due():
     rows = {(row["a"], row["b"]): row for row in summarise(four_rows(), "gold", POLICIES)["comparisons"]}
     assert list(rows) == [("ppo", "sft"), ("ppo", "best_of_4"), ("best_of_4", "sft"), ("sft", "pretrained"), ("sft", "sft")]

@@ -1,7 +1,8 @@
 """Encoded rows of a run's files as tables mapped into memory: made once for the content of a file, an encoder and the limits of length.
 
 A table lies beside its file, in RUN/data/KIND/encoded/HASH/, or in the folder that the environment variable RLHF_CACHE names, which runs then
-share. While a table is made a thousand rows are in memory, later those that were asked for.
+share. While a table is made a thousand rows are in memory, later those that were asked for. Rows that are left out are noted with the place that
+they come from, and a stage lists them in its drops.json.
 """
 
 import errno
@@ -25,7 +26,8 @@ from rlhf.jsonl import read_jsonl, replacing_folder, write_json
 from rlhf.runs import file_digest
 
 BATCH_ROWS = 1000
-VERSION = 2  # another number whenever the same rows would be encoded otherwise
+LONG_PROMPT, LONG_COMPLETION = "prompt over data.max_prompt_tokens", "completion over data.max_completion_tokens"
+VERSION = 3  # another number whenever the same rows would be encoded otherwise
 IDS, NUMBERS, TEXT = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float64()), pyarrow.string()
 SCHEMAS = {  # of every kind of row, which has its tokens as "length" too
     "text": {"ids": IDS},
@@ -37,11 +39,17 @@ SCHEMAS = {  # of every kind of row, which has its tokens as "length" too
 
 
 class EncodedRows(Sequence):
-    """Rows of a table; `shape` makes what its readers want of one (a dict without it). `read`: rows of the file, those that were left out too."""
+    """Rows of a table; `shape` makes what its readers want of one (a dict without it). `read`: rows of the file, those that were left out too.
+
+    `dropped`: these by reason, `left_out`: rows that stay without some of their answers, as in drops.json.
+    """
 
     def __init__(self, folder: Path, shape: Callable[[dict], object]):
         table = Dataset.from_file(str(folder / "rows.arrow"))
-        self.read: int = json.loads((folder / "about.json").read_text(encoding="utf-8"))["read"]
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.read: int = about["read"]
+        self.dropped: dict[str, dict] = about["dropped"]
+        self.left_out: dict[str, dict] = about["left_out"]
         self.lengths: np.ndarray = table.data.column("length").to_numpy()
         self.table = table.remove_columns("length")
         self._shape = shape
@@ -77,10 +85,11 @@ class EncodedRows(Sequence):
         return pyarrow.compute.sum(pyarrow.compute.list_value_length(self.table.data.column(column))).as_py() or 0
 
 
-def encoded_rows(path: Path, encoder: Encoder, kind: str, recipe: Sequence, encode: Callable[[list[dict]], list[dict]],
+def encoded_rows(path: Path, encoder: Encoder, kind: str, recipe: Sequence, encode: Callable[[list[dict]], list[dict | str]],
                  shape: Callable[[dict], object] = lambda row: row, wanted: Callable[[dict], bool] | None = None) -> EncodedRows:
-    """The rows of a file as `encode` makes them (some may be left out; each says its `length`), from the table if there is one already.
+    """The rows of a file as `encode` makes them (each says its `length`), from the table if there is one already.
 
+    An `encode` that leaves rows out returns as many things as it was given, and the reason in the place of such a row.
     `kind` names a schema, `recipe` all values that `encode` and `wanted` depend on beside rows and encoder. Rows that are not `wanted` do not
     count as read. Raises InputError for a file that is not there.
     """
@@ -91,21 +100,31 @@ def encoded_rows(path: Path, encoder: Encoder, kind: str, recipe: Sequence, enco
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that want a table one makes it
             if not folder.is_dir():
                 with replacing_folder(folder) as partial:
-                    read = _write(partial / "rows.arrow", filter(wanted, read_jsonl(path)), kind, encode)
-                    write_json(partial / "about.json", {"file": str(path), "kind": kind, "recipe": list(recipe), "read": read})
+                    found = _write(partial / "rows.arrow", filter(wanted, read_jsonl(path)), kind, encode)
+                    write_json(partial / "about.json", {"file": str(path), "kind": kind, "recipe": list(recipe), **found})
     return EncodedRows(folder, shape)
 
 
 def demonstrations(path: Path, encoder: Encoder, max_prompt_tokens: int, max_completion_tokens: int) -> EncodedRows:
     """(prompt ids, completion ids with EOS) of a file of demonstrations, without those that are too long."""
-    def encode(rows: list[dict]) -> list[dict]:
+    def encode(rows: list[dict]) -> list[dict | str]:
         prompts, completions = encoder.prompts_ids([row["prompt"] for row in rows]), encoder.completions_ids([row["completion"] for row in rows])
-        return [{"prompt": prompt, "completion": completion, "id": row["id"], "length": len(prompt) + len(completion)}
-                for row, prompt, completion in zip(rows, prompts, completions, strict=True)
-                if len(prompt) <= max_prompt_tokens and len(completion) <= max_completion_tokens]
+        return [LONG_PROMPT if len(prompt) > max_prompt_tokens else LONG_COMPLETION if len(completion) > max_completion_tokens else
+                {"prompt": prompt, "completion": completion, "id": row["id"], "length": len(prompt) + len(completion)}
+                for row, prompt, completion in zip(rows, prompts, completions, strict=True)]
 
     return encoded_rows(path, encoder, "demonstrations", (max_prompt_tokens, max_completion_tokens), encode,
                         lambda row: (row["prompt"], row["completion"]))
+
+
+def write_drops(folder: Path, tables: dict[str, EncodedRows]) -> None:
+    """FOLDER/drops.json: of each file of RUN/data (its name below that folder) what was left out by reason, with the places it comes from.
+
+    `dropped` are whole rows, `left_out` rows that stay without some of their answers.
+    """
+    rows = [{"file": name, "read": table.read, "made": len(table), "dropped": table.dropped, "left_out": table.left_out}
+            for name, table in tables.items()]
+    write_json(folder / "drops.json", rows)
 
 
 def _tables(path: Path) -> Path:
@@ -131,12 +150,27 @@ def _name(path: Path, encoder: Encoder, kind: str, recipe: Sequence) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:24]
 
 
-def _write(path: Path, rows: Iterator[dict], kind: str, encode: Callable[[list[dict]], list[dict]]) -> int:
-    """Writes the table; returns how many rows were read for it."""
+def _write(path: Path, rows: Iterator[dict], kind: str, encode: Callable[[list[dict]], list[dict | str]]) -> dict:
+    """Writes the table; returns how many rows were `read` for it, those `dropped` and those with answers `left_out`, both by reason."""
     schema = pyarrow.schema({**SCHEMAS[kind], "length": pyarrow.int32()})
-    read = 0
+    read, dropped, left_out = 0, {}, {}
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as table:
         while batch := list(islice(rows, BATCH_ROWS)):
             read += len(batch)
-            table.write(pyarrow.RecordBatch.from_pylist(encode(batch), schema=schema))
-    return read
+            made = encode(batch)
+            for place, one in enumerate(made):
+                if isinstance(one, str):
+                    _note(dropped, one, batch[place])
+                elif one.get("left_out"):
+                    _note(left_out, LONG_COMPLETION, batch[place])
+            table.write(pyarrow.RecordBatch.from_pylist([row for row in made if not isinstance(row, str)], schema=schema))
+    return {"read": read, "dropped": dropped, "left_out": left_out}
+
+
+def _note(places: dict[str, dict], reason: str, row: dict) -> None:
+    """Counts a row under a reason, with where it came from: rows of the embedded world come from no file."""
+    found = places.setdefault(reason, {"rows": 0, "where": {}})
+    found["rows"] += 1
+    if source := row.get("source"):
+        file, _, line = source.rpartition(":")
+        found["where"].setdefault(file, []).append(int(line))

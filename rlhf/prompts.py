@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf import world
-from rlhf.encoded import EncodedRows, encoded_rows
+from rlhf.encoded import LONG_PROMPT, EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.progress import say
@@ -29,9 +29,10 @@ class Prompt:
 
 def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) -> EncodedRows:
     """Prompts of RUN/data/prompts/SPLIT.jsonl of at most `max_tokens` ids. Raises InputError when none is left."""
-    def encode(rows: list[dict]) -> list[dict]:
-        return [{"messages": row["prompt"], "ids": ids, "id": row["id"], "family": row.get("family"), "length": len(ids)}
-                for row, ids in zip(rows, encoder.prompts_ids([row["prompt"] for row in rows]), strict=True) if len(ids) <= max_tokens]
+    def encode(rows: list[dict]) -> list[dict | str]:
+        return [LONG_PROMPT if len(ids) > max_tokens else
+                {"messages": row["prompt"], "ids": ids, "id": row["id"], "family": row.get("family"), "length": len(ids)}
+                for row, ids in zip(rows, encoder.prompts_ids([row["prompt"] for row in rows]), strict=True)]
 
     path = Path(run_dir) / "data" / "prompts" / f"{split}.jsonl"
     kept = encoded_rows(path, encoder, "prompts", (max_tokens,), encode, lambda row: Prompt(**row))

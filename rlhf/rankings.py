@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rlhf.data.examples import TIED
+from rlhf.encoded import LONG_COMPLETION, LONG_PROMPT
 from rlhf.losses import ranking_loss
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 
@@ -38,26 +40,26 @@ def _in_share(salt: str, prompt_id: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256((salt + prompt_id).encode()).digest()[:8], "big") / 2**64 < fraction
 
 
-def encode_rankings(rows: list[dict], encoder, max_prompt_tokens: int, max_completion_tokens: int, ties: str) -> tuple[list[dict], int]:
-    """Canonical preference rows as ids, and how many rows were left out.
+def encode_rankings(rows: list[dict], encoder, max_prompt_tokens: int, max_completion_tokens: int, ties: str) -> list[dict | str]:
+    """Canonical preference rows as ids, or in the place of a row the reason for which it is left out.
 
     Answers over `max_completion_tokens` (with the EOS) are left out; a row is, when its prompt is over `max_prompt_tokens` or no pair is
     left to learn from. An encoded row: {"prompt": ids, "completions": [ids, ...], "ranks", "margin": float, "gold": [float, ...] or None, "id",
     "longest": tokens of the prompt with its longest completion, "length": with all of them, "left_out": answers over the limit}.
     """
-    encoded, dropped, answers = [], 0, iter(encoder.completions_ids([text for row in rows for text in row["completions"]]))
+    encoded, answers = [], iter(encoder.completions_ids([text for row in rows for text in row["completions"]]))
     for row, prompt in zip(rows, encoder.prompts_ids([row["prompt"] for row in rows]), strict=True):
         completions = list(islice(answers, len(row["completions"])))
         kept = [i for i, ids in enumerate(completions) if len(ids) <= max_completion_tokens]
         ranks, gold = [row["ranks"][i] for i in kept], row.get("gold")
         if len(prompt) > max_prompt_tokens or len(set(ranks)) < 2 and not (ties == "half" and len(ranks) > 1):
-            dropped += 1
+            encoded.append(LONG_PROMPT if len(prompt) > max_prompt_tokens else LONG_COMPLETION if len(kept) < len(completions) else TIED)
             continue
         encoded.append({"prompt": prompt, "completions": [completions[i] for i in kept], "ranks": ranks, "margin": float(row.get("margin") or 0.0),
                         "gold": gold and [gold[i] for i in kept], "id": row.get("id"),
                         "longest": len(prompt) + max(len(completions[i]) for i in kept), "left_out": len(completions) - len(kept),
                         "length": len(prompt) + sum(len(completions[i]) for i in kept)})
-    return encoded, dropped
+    return encoded
 
 
 def collate_rankings(rows: list[dict], pad_id: int) -> dict:

@@ -23,7 +23,7 @@ from rlhf.cli import run_stage
 from rlhf.comparison import distinct_n
 from rlhf.compute import describe, peak_memory_mb, sharded, start
 from rlhf.config import Config
-from rlhf.encoded import demonstrations
+from rlhf.encoded import demonstrations, write_drops
 from rlhf.errors import SKIPS_IN_A_ROW, InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, replacing_folder, write_jsonl
 from rlhf.kl import adapted_kl_coef
@@ -51,8 +51,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         raise InputError(f"ppo.batch_size={settings.batch_size} / ppo.minibatches={settings.minibatches}: found minibatches that "
                          f"{accelerator.num_processes} processes cannot share equally, as those must that hold a sharded model; change one of them")
     encoder = load_encoder(str(run / "sft" / "model"), config.model.trust_remote_code)
-    prompts = load_prompts(config.run.dir, "train", encoder, config.data.max_prompt_tokens)
-    held_out = load_prompts(config.run.dir, "eval", encoder, config.data.max_prompt_tokens).some(settings.eval_prompts)
+    prompts, all_held_out = (load_prompts(config.run.dir, split, encoder, config.data.max_prompt_tokens) for split in ("train", "eval"))
+    held_out = all_held_out.some(settings.eval_prompts)
 
     learner = Learner(config, accelerator, encoder, within)
     model, optimizer = learner.model, learner.optimizer
@@ -134,6 +134,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     say(f"ppo: on {len(held_out)} held-out prompts score {final['eval_score_mean']:.2f} at KL {final['eval_kl']:.1f} nats; model in {stage.model}")
     say(f"ppo: what PPO maximises (score, KL and likelihood at their prices) is {final['eval_objective']:.2f} on them at the end, at best "
         f"{state['best_objective']:.2f} after {state['best_rollout']} of {settings.rollouts} rollouts; handed over: the {settings.hand_over}")
+    if stage.main:
+        write_drops(stage.folder, {"prompts/train.jsonl": prompts, "prompts/eval.jsonl": all_held_out})
     stage.finish(**final, best_objective=state["best_objective"], best_rollout=state["best_rollout"], handed_over=settings.hand_over)
 
 

@@ -19,7 +19,7 @@ from rlhf.cli import run_stage
 from rlhf.compute import describe, on_cpu, peak_memory_mb, precision, start
 from rlhf.config import Config
 from rlhf.data.shortcuts import MIN_PROMPTS, Pair, words_learned
-from rlhf.encoded import EncodedRows, encoded_rows
+from rlhf.encoded import EncodedRows, encoded_rows, write_drops
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import replacing_folder, write_json
@@ -83,6 +83,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
             with replacing_folder(folder) as partial:
                 save_model(reward_model, encoder, partial, weights)
     if stage.main:
+        write_drops(stage.folder, {f"preferences/{split}.jsonl": rows for split, rows in (("train", train), ("eval", held_out))})
         _measure(stage, config, accelerator, encoder, folders, train, held_out)
     accelerator.wait_for_everyone()
 
@@ -90,11 +91,11 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
 def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> EncodedRows:
     """Encoded rankings of a split, of the prompts that are this stage's to learn from. Raises InputError when none is left to train on."""
     limits, training, for_judge = config.data, path.stem == "train", stage.name == "judge"
-    rules, columns = (limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties), ("left_out",)  # tables once were without
+    rules = (limits.max_prompt_tokens, limits.max_completion_tokens, config.reward.ties)
     flip_rate = config.reward.flip_rate if training and not for_judge else 0.0
     kept = encoded_rows(
-        path, encoder, "rankings", (*columns, *rules, *((flip_rate, limits.judge_fraction, for_judge) if training else ())),
-        lambda rows: encode_rankings(with_flips(rows, flip_rate), encoder, *rules)[0],
+        path, encoder, "rankings", (*rules, flip_rate, limits.judge_fraction, for_judge) if training else rules,
+        lambda rows: encode_rankings(with_flips(rows, flip_rate), encoder, *rules),
         wanted=lambda row: not training or judge_share(row["id"], limits.judge_fraction) == for_judge)
     if len(kept) < kept.read:
         say(f"{stage.name}: {kept.read - len(kept):,} of {kept.read:,} {path.stem} rankings left out: longer than data.max_prompt_tokens="

@@ -17,7 +17,7 @@ import torch
 from rlhf.cli import run_stage
 from rlhf.compute import describe, peak_memory_mb, precision, start
 from rlhf.config import Config
-from rlhf.encoded import EncodedRows, demonstrations
+from rlhf.encoded import EncodedRows, demonstrations, write_drops
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.jsonl import replacing_folder
@@ -73,6 +73,7 @@ def main(config: Config) -> None:
         figures = {} if eval_loss is None else {"eval_loss": eval_loss}
         stage.log(steps, **figures, peak_memory_mb=peak_memory_mb())
         say(f"sft: held-out loss {'unknown (no held-out rows)' if eval_loss is None else f'{eval_loss:.3f} nats a token'}; model in {stage.model}")
+        write_drops(stage.folder, {"demonstrations/train.jsonl": train, "demonstrations/eval.jsonl": held_out})
         stage.finish(eval_loss=eval_loss, steps=steps, demonstrations=len(train))
     accelerator.wait_for_everyone()
 

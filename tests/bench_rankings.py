@@ -102,7 +102,8 @@ def rankings_of(config: Config, accelerator, sft: str, encoder, k: int, split: s
     beta, rng = world.calibrate_beta([row["gold"] for row in rows], config.world.agreement), random.Random(f"{k} {split}")
     for row in rows:
         row["ranks"] = world.rank(row["gold"], beta, rng)
-    return encode_rankings(rows, encoder, config.data.max_prompt_tokens, config.data.max_completion_tokens, "drop")[0]
+    made = encode_rankings(rows, encoder, config.data.max_prompt_tokens, config.data.max_completion_tokens, "drop")
+    return [row for row in made if isinstance(row, dict)]
 
 
 def exploded(rows: list[dict]) -> list[dict]:

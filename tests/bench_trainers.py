@@ -137,7 +137,8 @@ def sft_sides(config: Config, accelerator, sft: str, steps: int) -> dict[str, Ca
 def reward_sides(config: Config, accelerator, sft: str, steps: int) -> dict[str, Callable]:
     """How each side makes its reward trainer in a folder."""
     rows, encoder = first_rows(config, "preferences", steps * config.reward.batch_size), load_encoder(sft)
-    rankings = encode_rankings(rows, encoder, config.data.max_prompt_tokens, config.data.max_completion_tokens, "drop")[0]
+    made = encode_rankings(rows, encoder, config.data.max_prompt_tokens, config.data.max_completion_tokens, "drop")
+    rankings = [row for row in made if isinstance(row, dict)]
     pairs = Dataset.from_list([
         {"prompt": row["prompt"], "chosen": answer(row["completions"][better]), "rejected": answer(row["completions"][worse])}
         for row in rows for better, worse in itertools.permutations(range(len(row["ranks"])), 2) if row["ranks"][better] < row["ranks"][worse]])

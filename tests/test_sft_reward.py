@@ -111,7 +111,8 @@ def _fresh_reward_model(start, seed=3):
 
 def _some_rankings(start, count):
     encoder = load_encoder(str(start / "pretrain" / "model"))
-    return encode_rankings(list(read_jsonl(start / "data" / "preferences" / "train.jsonl"))[:count], encoder, 96, 64, "drop")[0]
+    made = encode_rankings(list(read_jsonl(start / "data" / "preferences" / "train.jsonl"))[:count], encoder, 96, 64, "drop")
+    return [row for row in made if isinstance(row, dict)]
 
 
 # --- rankings: numbers by hand -------------------------------------------------------------------------------------------------
@@ -187,12 +188,13 @@ def test_encode_rankings_leaves_out_and_counts():
 
     rows = [row("a b", ["x", "x y", "x y z w"], [2, 1, 3], gold=[0.1, 0.2, 0.3]), row("a b c d", ["x", "y"], [1, 2]), row("a", ["x", "y"], [1, 1]),
             row("a", ["x", "x y z w"], [1, 2]), row("a", ["x", "y"], [2, 1], margin=0.5)]
-    kept, dropped = encode_rankings(rows, Words(), 3, 4, "drop")
-    assert dropped == 3, "prompt too long; all tied; one answer left"
+    made = encode_rankings(rows, Words(), 3, 4, "drop")
+    assert made[1:4] == ["prompt over data.max_prompt_tokens", "all tied", "completion over data.max_completion_tokens"]
+    kept = [made[0], made[4]]
     assert kept[0] == {"prompt": [1, 1], "completions": [[2, 9], [2, 2, 9]], "ranks": [2, 1], "margin": 0.0, "gold": [0.1, 0.2], "id": None,
                        "longest": 5, "length": 7, "left_out": 1}
     assert kept[1]["margin"] == 0.5 and kept[1]["gold"] is None and kept[1]["left_out"] == 0
-    assert encode_rankings(rows, Words(), 3, 4, "half")[1] == 2, "a tie is a pair when it counts half"
+    assert encode_rankings(rows, Words(), 3, 4, "half")[2]["ranks"] == [1, 1], "a tie is a pair when it counts half"
 
 
 def test_R6_evaluation_by_hand():

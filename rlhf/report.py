@@ -96,7 +96,8 @@ def _gather(summary: dict, samples: list[dict], curves: dict[str, list[dict]], t
         "families": _family_rows(summary),
         "family_policies": [{"label": label(name), "slot": slots[name]} for name in ("sft", "ppo") if name in slots],
         "histograms": _histograms(summary, samples, real),
-        "stages": [stage for name, rows in drawn.items() if (stage := _stage(name, rows))["charts"]],
+        "stages": [stage for name, rows in drawn.items()
+                   if (stage := _stage(name, rows, summary.get("proxy_held_out") if name == "reward" else None))["charts"]],
         "samples": shown,
         "winners": sorted({sample["winner"] for sample in shown}),
         "sample_families": sorted({sample["family"] for sample in shown} - {""}),
@@ -220,8 +221,11 @@ def by_rollouts_before(rows: list[dict]) -> list[dict]:
     return moved
 
 
-def _stage(name: str, rows: list[dict]) -> dict:
-    """A stage's charts: those panels that have a curve, of two points or more. A later round (``ppo_2``) looks like the first."""
+def _stage(name: str, rows: list[dict], held_out: dict | None = None) -> dict:
+    """A stage's charts: those panels that have a curve, of two points or more. A later round (``ppo_2``) looks like the first.
+
+    held_out: of the reward model, what it got right on held-out pairs; how sure it was of them is drawn too (CANON R6).
+    """
     base, _, round_ = re.sub(r"[^A-Za-z0-9]+", "_", name).partition("_")
     title = STAGE_TITLES.get(base, name) + (f", round {round_}" if base in STAGE_TITLES and round_ else "")
     axis = "rollouts before" if base == "ppo" else "step"
@@ -231,7 +235,33 @@ def _stage(name: str, rows: list[dict]) -> dict:
         if any(len(line.xs) > 1 for line in lines):
             svg = charts.line_chart(f"{base}{round_}-{number}", f"{title}: {panel} by {axis}", lines, axis, reference)
             found.append({"title": panel, "svg": Markup(svg)})
-    return {"title": title, "charts": found, "figures": _ends(rows)}
+    return {"title": title, "charts": found + _sureness(held_out or {}), "figures": _ends(rows), "held_out": _sureness_rows(held_out or {})}
+
+
+def _sureness(held_out: dict) -> list[dict]:
+    """Charts of a reward model on held-out pairs: right by the margin between two scores, and what is observed where it predicts so much."""
+    margins, bins, slot = held_out.get("by_margin") or [], held_out.get("calibration") or [], STAGE_SLOTS["reward"]
+    middle = [(row["margin_from"] + row["margin_to"]) / 2 for row in margins]
+    right = charts.Series("observed", middle, [row["accuracy"] for row in margins], slot, True)
+    observed = charts.Series("observed", [row["predicted"] for row in bins], [row["observed"] for row in bins], slot, True)
+    predicted = charts.Series("as predicted", [0.5, 1.0], [0.5, 1.0], charts.INK)
+    found = []
+    if len(margins) > 1:
+        title = "Right on held-out pairs, by margin"
+        svg = charts.line_chart("reward-margin", f"Reward model: {title}", [right], "difference of the two scores", 0.5)
+        found.append({"title": title, "svg": Markup(svg)})
+    if len(bins) > 1:
+        title = "Calibration on held-out pairs"
+        svg = charts.line_chart("reward-calibration", f"Reward model: {title}", [observed, predicted], "predicted share that is right")
+        found.append({"title": title, "svg": Markup(svg)})
+    return found
+
+
+def _sureness_rows(held_out: dict) -> list[list[str]]:
+    """The same for the document without pictures: what, how many pairs, and the share that is right."""
+    margins = [[f"margin {row['margin_from']:.2f} to {row['margin_to']:.2f}", row["pairs"], f"{row['accuracy']:.2f}"]
+               for row in held_out.get("by_margin") or []]
+    return margins + [[f"predicted {row['predicted']:.2f}", row["pairs"], f"{row['observed']:.2f}"] for row in held_out.get("calibration") or []]
 
 
 def _line(how: str, points: list[tuple[float, float]], slot: str) -> charts.Series:
@@ -408,6 +438,7 @@ def _markdown(page: dict) -> str:
     for stage in page["stages"]:
         rows = [[row["name"], row["first"], row["last"]] for row in stage["figures"]]
         parts += [f"## Training: {_plain(stage['title'])}", _table(["figure", "first", "last"], rows)]
+        parts += [_table(["held-out pairs", "pairs", "right"], stage["held_out"])] if stage["held_out"] else []
     parts += ["## Answers side by side", *(_markdown_sample(number, row) for number, row in enumerate(page["samples"], 1))]
     parts += ["## How it was measured", *map(_plain, page["method"]), _list(f"{row['name']}: {row['value']}" for row in page["run"])]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -237,7 +237,8 @@ def _held_out(run: Path, judge: str) -> dict | None:
     if judge == "gold" or not path.is_file():
         return None
     held_out = json.loads(path.read_text(encoding="utf-8")).get("eval")
-    return held_out and {name: held_out[name] for name in ("accuracy", "ci95", "pairs", "longer_wins_accuracy")}
+    told = ("accuracy", "ci95", "pairs", "longer_wins_accuracy", "by_margin", "calibration")
+    return held_out and {name: held_out[name] for name in told if name in held_out}
 
 
 def _against_one(pair_judge: PairJudge, prompts: list[Prompt], answers: dict) -> dict[str, list[float]]:

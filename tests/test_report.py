@@ -237,6 +237,23 @@ def test_a_gold_judge_is_said_to_be_what_the_raters_rank_by(tmp_path):
     assert "No stage was trained on it." in markdown and "raters of the preferences" not in markdown
 
 
+def test_R6_how_sure_the_reward_model_is_of_held_out_pairs_is_drawn_and_listed(tmp_path):
+    samples = make_samples(60)
+    summary = summarise(samples, "gold", POLICIES)
+    summary["proxy_held_out"] = {
+        "accuracy": 0.7, "ci95": [0.6, 0.8], "pairs": 50, "longer_wins_accuracy": 0.5,
+        "by_margin": [{"margin_from": 0.0, "margin_to": 0.5, "pairs": 25, "accuracy": 0.56},
+                      {"margin_from": 0.5, "margin_to": 2.25, "pairs": 25, "accuracy": 0.84}],
+        "calibration": [{"predicted": 0.55, "observed": 0.53, "pairs": 30}, {"predicted": 0.81, "observed": 0.9, "pairs": 20}]}
+    curves = {"reward": [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}], "ppo": [{"step": 1, "kl": 0.0}, {"step": 2, "kl": 0.5}]}
+    write_report(tmp_path, summary, samples, curves, "of a test")
+    html, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert html.count("Right on held-out pairs, by margin</") == html.count("Calibration on held-out pairs</") == 1
+    assert "| margin 0.00 to 0.50 | 25 | 0.56 |\n| margin 0.50 to 2.25 | 25 | 0.84 |" in markdown
+    assert "| predicted 0.55 | 30 | 0.53 |\n| predicted 0.81 | 20 | 0.90 |" in markdown
+    assert markdown.index("## Training: Reward model") < markdown.index("| held-out pairs |") < markdown.index("## Training: PPO")
+
+
 def test_the_tiles_are_the_figures_of_the_summary(tmp_path):
     html, _, summary = make_report(tmp_path, hand_made_samples(), policies=["sft", "best_of_4", "ppo"])
     tiles = re.findall(r'<dt>([^<]*)</dt><dd class="value">(.*?)</dd><dd class="note">(.*?)</dd>', html)

@@ -37,17 +37,19 @@ from rlhf.errors import InputError
 from rlhf.learner import Learner
 from rlhf.masking import left_pad, left_pad_mask
 from rlhf.models import as_written, load_encoder, parameter_count
+from rlhf.passes import make_rows, pass_cost, policy_pass, tight_groups
 from rlhf.paths import PACKAGE
 from rlhf.progress import say
 from rlhf.prompts import Prompt, load_prompts, prompts_of_step
 from rlhf.runs import parent_digests, replace_section
 from rlhf.sampling import draw_uniforms, sample
+from rlhf.sharding import whole
 from rlhf.terminal import Help, whole_number
 
 PHASES = ("sample", "score", "forward", "update")
 PEER = "1.12."  # TRL's last minor release with PPO
 PRODUCT_SIZE, PRODUCTS = 2048, 4  # of the product rate: square matrices, large enough for the hardware's best
-SAMPLING_ROUNDS = 3
+ROUNDS = 3  # of sampling and of single passes, after one that is left out
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,7 +123,8 @@ def measure(config: Config, steps: int, peer_folder: Path | None = None) -> dict
             say(f"bench: step {step} of {steps}: {ours[-1]['seconds']:.2f} s" + (f", TRL's {peers[-1]['seconds']:.2f} s" if peers else "")
                 + ("" if step else " (left out)"))
         memory = peak_memory_mb()
-    figures = summary(learner, ours[1:]) | {"peak_memory_mb": memory, "sampling": sampling(learner, batches[-1])}
+    figures = summary(learner, ours[1:]) | {"peak_memory_mb": memory, "sampling": sampling(learner, batches[-1]),
+                                            "passes": passes(learner, batches[-1])}
     return figures | (against(peers[1:], figures) if peers else {})
 
 
@@ -180,7 +183,7 @@ def summary(learner: Learner, steps: list[dict]) -> dict:
 def sampling(learner: Learner, rows: list[Prompt]) -> dict:
     """Tokens that count (with EOS, without what follows it) a second, of our sampler and of `generate` in turn on the same prompts."""
     ways, rates = (_sampled, _generated), {_sampled: [], _generated: []}
-    for number in range(SAMPLING_ROUNDS + 1):
+    for number in range(ROUNDS + 1):
         for way in ways:
             began = time.perf_counter()
             with learner.accelerator.autocast():
@@ -188,6 +191,39 @@ def sampling(learner: Learner, rows: list[Prompt]) -> dict:
             rates[way].append(tokens / (time.perf_counter() - began))
     ours, generate = (statistics.median(rates[way][1:]) for way in ways)
     return {"tokens_per_second": ours, "generate_tokens_per_second": generate, "ratio": ours / generate}
+
+
+def passes(learner: Learner, rows: list[Prompt]) -> dict[str, float]:
+    """Seconds of each pass without gradients over one rollout: what the phase `forward` does for every microbatch, here one after another.
+
+    `old`: log-probabilities and entropies of the policy, `reference`: of the SFT model, `value`: values (part of `old` where the trunk is shared).
+    """
+    model, temperature = learner.accelerator.unwrap_model(learner.model), learner.config.ppo.temperature
+    prompts = [p.ids for p in rows]
+    with learner.accelerator.autocast():
+        completions = _sampled(learner, prompts, 0)
+    groups = tight_groups([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], learner.microbatch.size, learner.workers.count,
+                          pass_cost(model))
+    batches = [make_rows([prompts[i] for i in group], [completions[i] for i in group], learner.encoder.pad_id, learner.accelerator.device)
+               for group in groups]
+    ways = {"old": lambda batch: policy_pass(model.policy, batch, temperature, entropies=True), "reference": learner.ref_logprobs}
+    if model.value_model.trunk is not None:
+        ways["value"] = model.value_model
+
+    def seconds(way) -> float:
+        def without_gradients(batch):  # of the thread that runs it
+            with torch.no_grad(), learner.accelerator.autocast():
+                way(batch)
+
+        synchronize(learner.accelerator)
+        began = time.perf_counter()
+        learner.workers.map(without_gradients, batches)
+        synchronize(learner.accelerator)
+        return time.perf_counter() - began
+
+    with whole(learner.model):
+        rounds = [{name: seconds(way) for name, way in ways.items()} for _ in range(ROUNDS + 1)]
+    return {name: statistics.median(found[name] for found in rounds[1:]) for name in ways}
 
 
 def _sampled(learner: Learner, prompts: list[list[int]], number: int) -> list[list[int]]:
@@ -281,7 +317,9 @@ def as_text(figures: dict) -> str:
     lines += [f"{label:<24}{seconds[name]:>10.3f}{seconds[name] / seconds['step']:>8.0%}{tokens / seconds[name]:>12,.0f}"
               for name, label in names.items()]
     alone = figures["sampling"]
-    lines += ["", f"update: {figures['update_rate'] / 1e12:.2f} TFLOP/s, {figures['update_product_share']:.2f} of what matrix products reach here "
+    single = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in figures["passes"].items())
+    lines += ["", f"old, reference and values one after another: {single}",
+              f"update: {figures['update_rate'] / 1e12:.2f} TFLOP/s, {figures['update_product_share']:.2f} of what matrix products reach here "
               f"({figures['product_rate'] / 1e12:.2f})",
               f"sampling alone: {alone['tokens_per_second']:,.0f} tokens that count a second, {alone['ratio']:.1f} times transformers' generate "
               f"({alone['generate_tokens_per_second']:,.0f})",

@@ -5,6 +5,7 @@ With RLHF_TRL_PEER naming a folder that holds trl 1.12 the real peer takes part;
 
 import json
 import os
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -76,13 +77,34 @@ def test_json_alone_is_on_standard_output_and_its_figures_follow_from_each_other
     assert found["update_rate"] == pytest.approx(6 * found["parameters"] * found["tokens"] * 3 / seconds["update"])
     assert found["update_product_share"] == pytest.approx(found["update_rate"] / found["product_rate"])
     assert found["sampling"]["ratio"] == pytest.approx(found["sampling"]["tokens_per_second"] / found["sampling"]["generate_tokens_per_second"])
+    assert set(found["passes"]) == {"old", "reference", "value"}
     assert found["peak_memory_mb"] > 100 and len(found["steps"]) == 1 and "ppo_step_ratio" not in found
     assert files(run) == before, "a bench leaves a run as it was"
 
 
+@pytest.mark.parametrize(("value_model", "names"), [("separate", ["old", "reference", "value"]), ("shared", ["old", "reference"])])
+def test_the_passes_of_the_forward_phase_are_timed_one_after_another(run, value_model, names):
+    config = load_config("configs/tiny.yaml", [*SMALL, f"ppo.value_model={value_model}", f"run.dir={run}"])
+    encoder = load_encoder(str(run / "sft" / "model"))
+    learner = Learner(config, start(config), encoder)
+    rows = prompts_of_step(load_prompts(str(run), "train", encoder, 96), 0, 8, config.seed)
+    plain, asked = learner.ref_logprobs, []
+
+    def slow(batch):
+        asked.append(len(batch.ids_BT))
+        time.sleep(0.2)
+        return plain(batch)
+
+    learner.ref_logprobs = slow
+    found = bench.passes(learner, rows)
+    assert list(found) == names and found["reference"] > 0.2 > max(found["old"], found.get("value", 0)) > 0
+    assert sum(asked) == 4 * 8, "three rounds and one that is left out, all eight rows in each"
+
+
 def test_the_table_names_every_phase(run, capsys):
     out, _ = ends(capsys, 0, "--run", str(run), "--steps", "1", "model.lora_rank=2")
-    for words in ("sample ", "score ", "old, reference, values ", "update ", "whole step ", "LoRA rank 2", "generate", "peak memory", "products"):
+    for words in ("sample ", "score ", "old, reference, values ", "reference 0.", "update ", "whole step ", "LoRA rank 2", "generate", "peak memory",
+                  "products"):
         assert words in out
 
 

@@ -10,12 +10,14 @@ ranks answers of that policy too; the last reward model learns from all rankings
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 from rlhf.cli import run_stage
 from rlhf.compute import wait_for_everyone
 from rlhf.config import Config
 from rlhf.contents import is_function
 from rlhf.memory import give_back
+from rlhf.models import load_encoder
 from rlhf.progress import say
 from rlhf.prompts import refuse_empty_parts
 from rlhf.runs import replace_section
@@ -26,7 +28,7 @@ from stages import collect, compare, ppo, prepare, pretrain, reward, sft
 def main(config: Config) -> None:
     began = time.perf_counter()
     rounds = config.pipeline.rounds
-    _check_last_stages(config)
+    _check_ahead(config)
     _timed("prepare", partial(prepare.main, config))
     refuse_empty_parts(config.run.dir)
     for stage in (pretrain, sft):
@@ -42,8 +44,11 @@ def main(config: Config) -> None:
     say(f"pipeline: {time.perf_counter() - began:.0f} s in all")
 
 
-def _check_last_stages(config: Config) -> None:
-    """InputError for settings of the last stages that can be known to be wrong before the first one has taken its time."""
+def _check_ahead(config: Config) -> None:
+    """InputError for settings of later stages that can be known to be wrong before the first one has taken its time."""
+    for stage, source in (("sft", config.model.init), ("reward", None if config.reward.init == "sft" else config.reward.init)):
+        if source and not (Path(config.run.dir) / stage / "DONE").is_file():  # a finished stage needs the model no more
+            load_encoder(source, config.model.trust_remote_code)
     if config.ppo.score:
         CallableScorer(config.ppo.score)
     for name in config.ppo.mix:

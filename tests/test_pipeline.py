@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config import load_config
+from rlhf.errors import InputError
 from rlhf.jsonl import read_jsonl
 from rlhf.learner import Learner
 from rlhf.runs import file_digest
@@ -124,6 +125,13 @@ def test_a_finished_pipeline_is_not_run_again(run, capsys):
     headline = (run / "compare" / "report.md").read_text(encoding="utf-8").split("\n")[0].removeprefix("# ")
     assert f"compare: already done: {headline}" in said  # a command that had nothing left to do says what was found all the same
     assert file_digest(run / "ppo" / "model" / "model.safetensors") == before
+
+
+@pytest.mark.parametrize("setting", ["model.init", "reward.init"])
+def test_a_model_that_is_not_there_is_told_before_anything_is_prepared(tmp_path, setting):
+    with pytest.raises(InputError, match="no-such-model"):
+        pipeline.main(load_config(TINY, [f"run.dir={tmp_path / 'run'}", f"{setting}={tmp_path / 'no-such-model'}"]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_experiment_is_refused_and_nothing_written_over(run):

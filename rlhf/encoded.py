@@ -168,9 +168,9 @@ def _write(path: Path, rows: Iterator[dict], kind: str, encode: Callable[[list[d
 
 
 def _note(places: dict[str, dict], reason: str, row: dict) -> None:
-    """Counts a row under a reason, with where it came from: rows of the embedded world come from no file."""
+    """Counts a row under a reason, with where it came from (file:line): rows of the embedded world come from no file."""
     found = places.setdefault(reason, {"rows": 0, "where": {}})
     found["rows"] += 1
-    if source := row.get("source"):
-        file, _, line = source.rpartition(":")
+    file, _, line = row.get("source", "").rpartition(":")
+    if line.isdecimal():
         found["where"].setdefault(file, []).append(int(line))

@@ -151,20 +151,20 @@ def test_what_is_left_out_is_listed_by_reason_with_file_and_line(tmp_path):
     """Ten words are too long here; a row of the embedded world has no place."""
     long, short = "one two three four five six seven eight nine ten", "one"
     made = [(long, short, "mine/a.jsonl:3"), (short, short, "mine/a.jsonl:4"), (short, long, "mine/a.jsonl:7"), (long, long, "mine/a.jsonl:9"),
-            (long, short, "b:c.csv:2"), (long, short, None)]
+            (long, short, "b:c.csv:2"), (long, short, None), (long, short, "by hand")]
     rows = [{"prompt": [{"role": "user", "content": prompt}], "completion": completion, "id": str(n), **({"source": source} if source else {})}
             for n, (prompt, completion, source) in enumerate(made)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     limit = len(ENCODER.prompt_ids(rows[1]["prompt"])) + 2
     for _ in range(2):  # made, and read
         kept = demonstrations(tmp_path / "train.jsonl", ENCODER, limit, limit)
-        assert (kept.read, len(kept), kept.left_out) == (6, 1, {})
+        assert (kept.read, len(kept), kept.left_out) == (7, 1, {})
         assert kept.dropped == {
-            "prompt over data.max_prompt_tokens": {"rows": 4, "where": {"mine/a.jsonl": [3, 9], "b:c.csv": [2]}},
+            "prompt over data.max_prompt_tokens": {"rows": 5, "where": {"mine/a.jsonl": [3, 9], "b:c.csv": [2]}},
             "completion over data.max_completion_tokens": {"rows": 1, "where": {"mine/a.jsonl": [7]}}}
     encoded.write_drops(tmp_path, {"demonstrations/train.jsonl": kept})
     assert json.loads((tmp_path / "drops.json").read_text()) == [
-        {"file": "demonstrations/train.jsonl", "read": 6, "made": 1, "dropped": kept.dropped, "left_out": {}}]
+        {"file": "demonstrations/train.jsonl", "read": 7, "made": 1, "dropped": kept.dropped, "left_out": {}}]
 
 
 def test_prompts_keep_messages_id_and_family(tmp_path):

@@ -99,7 +99,8 @@ def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> Enc
         wanted=lambda row: not training or judge_share(row["id"], limits.judge_fraction) == for_judge)
     if len(kept) < kept.read:
         say(f"{stage.name}: {kept.read - len(kept):,} of {kept.read:,} {path.stem} rankings left out: longer than data.max_prompt_tokens="
-            f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}, or all answers tied")
+            f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}, or all answers tied; {stage.name}/drops.json "
+            "lists them at the end")
     if answers := kept.total("left_out"):
         say(f"{stage.name}: left out {answers:,} answers longer than data.max_completion_tokens={limits.max_completion_tokens} from the "
             f"{len(kept):,} {path.stem} rankings that stay")

@@ -84,7 +84,7 @@ def _demonstrations(run: Path, split: str, encoder: Encoder, config: Config) -> 
     kept = demonstrations(path, encoder, limits.max_prompt_tokens, limits.max_completion_tokens)
     if len(kept) < kept.read:
         say(f"sft: {kept.read - len(kept):,} of {kept.read:,} {split} demonstrations left out, longer than data.max_prompt_tokens="
-            f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}")
+            f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}; sft/drops.json lists them at the end")
     if not kept and split == "train":
         raise InputError(f"{path}: none of {kept.read} demonstrations is short enough to train on; raise data.max_prompt_tokens="
                          f"{limits.max_prompt_tokens} or data.max_completion_tokens={limits.max_completion_tokens}, or give other demonstrations")

@@ -20,13 +20,13 @@ import pyarrow
 import pyarrow.compute
 from datasets import Dataset
 
+from rlhf.data.examples import LONG_COMPLETION, LONG_PROMPT
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.jsonl import read_jsonl, replacing_folder, write_json
 from rlhf.runs import file_digest
 
 BATCH_ROWS = 1000
-LONG_PROMPT, LONG_COMPLETION = "prompt over data.max_prompt_tokens", "completion over data.max_completion_tokens"
 VERSION = 3  # another number whenever the same rows would be encoded otherwise
 IDS, NUMBERS, TEXT = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float64()), pyarrow.string()
 SCHEMAS = {  # of every kind of row, which has its tokens as "length" too

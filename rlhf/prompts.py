@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from rlhf import world
-from rlhf.encoded import LONG_PROMPT, EncodedRows, encoded_rows
+from rlhf.data.examples import LONG_PROMPT
+from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.progress import say

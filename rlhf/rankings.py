@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlhf.data.examples import TIED
-from rlhf.encoded import LONG_COMPLETION, LONG_PROMPT
+from rlhf.data.examples import LONG_COMPLETION, LONG_PROMPT, TIED
 from rlhf.losses import ranking_loss
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 

@@ -271,14 +271,9 @@ def test_a_good_writer_scores_one_and_writes_short_plain_sentences(name):
     assert len({answer for _, answer in answers}) > 20
 
 
-@pytest.mark.parametrize("name, flaw", [(name, flaw) for name in NAMES for flaw in FAMILIES[name].flaws])
-def test_every_flaw_costs_and_can_be_seen(name, flaw):
-    rng, scores = random.Random(9), []
-    for prompt, _, _ in draws(name, 60):
-        answer = write_flawed(parse(prompt), flaw, rng)
-        scores.append(gold_score(prompt, answer))
-        assert len(answer.split()) <= 30 and answer.isascii() and answer == answer.strip() and "\n" not in answer
-    expected = {
+def levels_of(name, flaw):
+    """The gold scores of an answer of this family that is right but for this flaw; with two, each as often."""
+    return {
         "wrong": {WRONG},
         "rambling": {ONE_FILLER, PADDED},
         "rude": {HALF},
@@ -290,6 +285,16 @@ def test_every_flaw_costs_and_can_be_seen(name, flaw):
         "fabricates": {0.05},
         "complies": {0.0},
     }[flaw]
+
+
+@pytest.mark.parametrize("name, flaw", [(name, flaw) for name in NAMES for flaw in FAMILIES[name].flaws])
+def test_every_flaw_costs_and_can_be_seen(name, flaw):
+    rng, scores = random.Random(9), []
+    for prompt, _, _ in draws(name, 60):
+        answer = write_flawed(parse(prompt), flaw, rng)
+        scores.append(gold_score(prompt, answer))
+        assert len(answer.split()) <= 30 and answer.isascii() and answer == answer.strip() and "\n" not in answer
+    expected = levels_of(name, flaw)
     assert {round(score, 9) for score in scores} == {round(score, 9) for score in expected}
 
 
@@ -305,6 +310,13 @@ def test_demonstrations_are_flawed_about_half_of_the_time():
     prompts, rng = sample_prompts(3000, "train", seed=10), random.Random(10)
     scores = [gold_score(prompt, write_demonstration(prompt, rng)) for prompt in prompts]
     assert 0.46 <= mean(score < 0.95 for score in scores) <= 0.54
+    expected = []
+    for family in FAMILIES.values():  # asked alike; a flaw that is no habit is the worst with 0.2, one of the others alike with 0.8
+        worst, *others = (mean(levels_of(family.name, flaw)) for flaw in family.flaws)
+        any_flaw = 0.2 * worst + 0.8 * mean(others)
+        flawed = 0.8 * mean(levels_of(family.name, family.habit)) + 0.2 * any_flaw if family.habit else any_flaw
+        expected.append(0.25 + 0.75 * flawed if family.habit else 0.75 + 0.25 * flawed)
+    assert mean(scores) == pytest.approx(mean(expected), abs=0.02)
 
 
 @pytest.mark.parametrize("name", NAMES)

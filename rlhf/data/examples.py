@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from rlhf.data.splits import prompt_id, text_id
 
 WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*\\?["'](?:role|from|content|value)\\?["']\s*:""")  # what str() or json.dumps() makes of a message list
-TIED = "all tied"  # a reason of Unusable
+TIED = "all tied"  # a reason of Unusable, and with those of rows too long to train on one of drops.json
+LONG_PROMPT, LONG_COMPLETION = "prompt over data.max_prompt_tokens", "completion over data.max_completion_tokens"
 DOCUMENT_CHARS = 20_000  # a text is cut beyond twice this: one book must not be one row, for its hash would put all of it on one side
 
 

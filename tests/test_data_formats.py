@@ -541,6 +541,13 @@ def test_a_folder_or_a_pattern_is_all_its_files_each_with_its_own_schema(tmp_pat
         assert [form.name for form in report.formats.values()] == ["prompt, chosen, rejected", "HH transcripts"]
 
 
+def test_a_pattern_that_finds_a_file_and_its_folders_gives_it_once(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    paths = [write(tmp_path / "deep" / "er", [GOOD_PAIR], "a.jsonl"), write(tmp_path, [GOOD_PAIR], "z.jsonl")]
+    rows, report = converted(str(tmp_path / "**"), "preferences")
+    assert [row["source"] for row in rows] == [f"{path}:1" for path in paths] and report.read == 2
+
+
 def test_hub_ids_stream_with_part_and_split(tmp_path, monkeypatch):
     import datasets
 

@@ -75,7 +75,7 @@ def parts_of(source: str) -> list[str]:
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
             raise InputError(f"{source}: no file matches this pattern")
-        return [part for name in found for part in parts_of(name)]
+        return list(dict.fromkeys(part for name in found for part in parts_of(name)))  # `**` finds a folder, and again what is in it
     if _looks_like_hub_id(source):
         return [source]
     raise InputError(

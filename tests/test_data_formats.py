@@ -481,6 +481,22 @@ def test_a_json_file_may_be_an_array_or_objects(tmp_path, content):
     assert [row for _, row in read_rows(str(path))] == [GOOD_PAIR, GOOD_PAIR]
 
 
+def test_rows_that_an_object_holds_stand_on_lines_of_their_own(tmp_path):
+    path = tmp_path / "rows.json"
+    pairs = ["{", '"prompt": "Good?", "chosen": "good",', '"rejected": "bad"}']
+    path.write_text("\n".join(["{", '"version": [1,', '2],"data"', ":", "[", *pairs, ",", *pairs, "]", ', "note": "x"}']) + "\n")
+    assert list(read_rows(str(path))) == [(f"{path}:6", GOOD_PAIR), (f"{path}:10", GOOD_PAIR)]
+
+
+@pytest.mark.parametrize("column", ["train", "data", "rows", "examples"])
+@pytest.mark.parametrize("mark", [("[", ",\n", "]"), ("", "\n", "")])
+def test_a_row_with_a_column_called_like_a_holder_of_rows_is_a_row(tmp_path, column, mark):
+    first, between, last = mark
+    row = {"messages": [*ASK, assistant("good")], column: "x"}
+    (tmp_path / "rows.json").write_text(first + between.join([json.dumps(row)] * 2) + last)
+    assert [found for _, found in read_rows(str(tmp_path / "rows.json"))] == [row, row]
+
+
 def test_a_long_json_array_is_read_as_it_comes_with_lines(tmp_path):
     rows = [{**GOOD_PAIR, "chosen": "好" * 3000 + str(n)} for n in range(400)]  # 3.6 MB: several chunks, cut within characters
     path = tmp_path / "rows.json"

@@ -226,6 +226,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 _BETWEEN_VALUES = re.compile(r"[\s,]*")
+_BETWEEN_PARTS = re.compile(r"[\s,:]*")  # of an object
 
 
 def _malformed(error: Exception) -> str:
@@ -283,11 +284,26 @@ def _json_file(path: Path) -> Numbered:
     return _json_values(path)
 
 
-def _holds_rows(row: dict) -> list | None:
-    """The rows inside an object such as {"data": [...]}, if it is one."""
-    inside = [value for value in row.values() if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)]
-    named = any(name in row for name in ("data", "rows", "train", "examples"))
-    return inside[0] if len(inside) == 1 and named else None
+def _holds_rows(value: object) -> str | None:
+    """The key that the rows stand under in an object such as {"data": [...]}, if it is one: no other list of objects stands beside them."""
+    lists = [] if not isinstance(value, dict) else [
+        key for key, inside in value.items() if isinstance(inside, list) and inside and all(isinstance(item, dict) for item in inside)]
+    return lists[0] if len(lists) == 1 and lists[0] in ("data", "rows", "train", "examples") else None
+
+
+def _held_rows(text: str, place: int, line: int, holder: str) -> Numbered:
+    """The rows under this key of the object that begins at this place on this line; it was read before, so nothing in it is malformed."""
+    start, key, inside = place, None, place + 1
+    while key != holder:
+        key, place = _DECODER.raw_decode(text, _BETWEEN_PARTS.match(text, inside).end())
+        array = _BETWEEN_PARTS.match(text, place).end()
+        _, inside = _DECODER.raw_decode(text, array)
+    place = _BETWEEN_PARTS.match(text, array + 1).end()
+    while text[place] != "]":
+        line, start = line + text.count("\n", start, place), place
+        row, place = _DECODER.raw_decode(text, place)
+        yield line, row
+        place = _BETWEEN_PARTS.match(text, place).end()
 
 
 def _json_values(path: Path) -> Numbered:
@@ -314,9 +330,11 @@ def _json_values(path: Path) -> Numbered:
             raise InputError(
                 f"{path}: line {at}: malformed JSON ({_malformed(error)}); wanted one array of objects, or .jsonl: an object a line"
             ) from error
-        rows = _holds_rows(value) if isinstance(value, dict) else None
-        for row in rows or [value]:
-            yield line, row if isinstance(row, dict) else Drop("not an object", f"a {type(row).__name__}")
+        holder = _holds_rows(value) if depth == 0 else None
+        if holder is not None:
+            yield from _held_rows(buffer, place, line, holder)
+        else:
+            yield line, value if isinstance(value, dict) else Drop("not an object", f"a {type(value).__name__}")
         line, place = line + buffer.count("\n", place, end), end
 
 

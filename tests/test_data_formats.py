@@ -525,6 +525,38 @@ def test_tables_with_other_marks_and_lists_in_cells(tmp_path, name, mark):
     assert [bare(row) for row in rows] == [{"prompt": ASK, "completions": ["a", "b"], "ranks": [2, 1]}]
 
 
+def table(folder, *lines, mark=","):
+    path = folder / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=mark).writerows([[cell if isinstance(cell, str) else json.dumps(cell) for cell in line] for line in lines])
+    return str(path)
+
+
+@pytest.mark.parametrize(("kind", "names", "cells", "wanted"), [
+    ("preferences", ["conversation_a", "conversation_b", "winner"], [[*ASK, assistant("good")], [*ASK, assistant("bad")], "model_a"], PAIR),
+    ("preferences", ["question", "prediction 1", "prediction 2", "preference"], ["Hi?", "good", "bad", [1]], PAIR),
+    ("preferences", ["question", "passages", "prediction 1", "prediction 2", "preference"], ["Hi?", [["T", "S."]], "good", "bad", [1]],
+     {**PAIR, "prompt": [user("Hi?\n\nT\nS.")]}),
+    ("demonstrations", ["conversation"], [[*ASK, assistant("good")]], {"prompt": ASK, "completion": "good"}),
+    ("text", ["title", "paragraphs"], ["T", ["a", "b"]], {"text": "T\na\nb"}),
+])
+def test_a_list_may_stand_in_a_cell_wherever_a_schema_has_one(tmp_path, kind, names, cells, wanted):
+    assert [bare(row) for row in converted(table(tmp_path, names, cells), kind)[0]] == [wanted]
+
+
+@pytest.mark.parametrize(("names", "cells", "mapping"), [
+    (["ask", "best", "worst"], ["Hi?", [assistant("good")], [assistant("bad")]], {"prompt": "ask", "chosen": "best", "rejected": "worst"}),
+    (["ask", "said", "order"], ["Hi?", ["good", "bad"], [1, 2]], {"prompt": "ask", "completions": "said", "ranks": "order"}),
+])
+def test_a_list_may_stand_in_a_cell_that_the_mapping_names(tmp_path, names, cells, mapping):
+    assert [bare(row) for row in converted(table(tmp_path, names, cells), "preferences", mapping)[0]] == [PAIR]
+
+
+def test_a_cell_with_json_that_is_no_message_list_is_text(tmp_path):
+    rows, _ = converted(table(tmp_path, ["instruction", "output"], ["Hi?", '[{"name": "x"}]']), "demonstrations")
+    assert [bare(row) for row in rows] == [{"prompt": ASK, "completion": '[{"name": "x"}]'}]
+
+
 def test_parquet_streams_with_message_lists(tmp_path):
     import pyarrow
     from pyarrow import parquet

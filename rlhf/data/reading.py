@@ -36,7 +36,9 @@ OTHER_PACKERS = {".zst", ".bz2", ".xz", ".zip", ".7z", ".lz4"}
 MAX_LINE_BYTES = 64 * 2**20  # a longer one is no row that a model could read, and would not fit the memory promised
 CHUNK_BYTES = 2**20
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?P<part>(/[\w.-]+)*)(@(?P<split>[\w.-]+))?")
-_STRUCTURED_CELL = {"messages", "conversations", "completions", "responses", "answers", "scores", "ranks", "history", "votes", "instances"}
+_LIST_CELLS = {"messages", "conversations", "conversation", "conversation_a", "conversation_b", "completions", "responses", "answers", "scores",
+               "ranks", "history", "votes", "instances", "paragraphs", "passages", "preference"}
+_MESSAGE_CELLS = {"prompt", "chosen", "rejected", "completion", "output"}
 
 
 @dataclass(frozen=True)
@@ -398,21 +400,26 @@ def _strict_texts(path: Path) -> Iterator[str]:
         yield text
 
 
-def _cells_row(names: list[str], cells: list[str]) -> "dict | Drop":
+class _Cells(dict):
+    """A row of a table: what the mapping finds in it is a cell still."""
+
+
+def _cells_row(names: list[str], cells: list[str]) -> "_Cells | Drop":
     if len(cells) != len(names):
         return Drop("cells and columns differ in number", f"{len(cells)} cells, {len(names)} columns")
-    return {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
+    return _Cells((name, _cell(name, cell)) for name, cell in zip(names, cells, strict=True))
 
 
 def _cell(name: str, cell: str) -> object:
-    """A cell as text; a list spelled in JSON under a name that wants a list is that list."""
-    lists = name in _STRUCTURED_CELL or (name in ("prompt", "chosen", "rejected", "completion", "output") and cell.startswith("[{"))
-    if not (lists and cell.startswith("[")):
+    """A cell as text; a list spelled in JSON under a name that wants a list, or messages under one that may have them, is that list."""
+    if not (cell.startswith("[") and (name in _LIST_CELLS or name in _MESSAGE_CELLS)):
         return cell
     try:
-        return json.loads(cell)
+        found = _DECODER.decode(cell)
     except (ValueError, RecursionError):
         return cell
+    messages = found and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in found)
+    return found if messages or name in _LIST_CELLS else cell
 
 
 def _parquet(path: Path) -> Numbered:
@@ -506,7 +513,8 @@ def renamed(row: dict, mapping: dict[str, str]) -> dict:
     for wanted, found in pairs.items():
         holder, name = _holder(row, found)
         if holder is not None:
-            kept[wanted] = holder[name]
+            value = holder[name]
+            kept[wanted] = _cell(wanted, value) if isinstance(holder, _Cells) and isinstance(value, str) else value
     return kept
 
 

@@ -552,6 +552,15 @@ def test_a_list_may_stand_in_a_cell_that_the_mapping_names(tmp_path, names, cell
     assert [bare(row) for row in converted(table(tmp_path, names, cells), "preferences", mapping)[0]] == [PAIR]
 
 
+@pytest.mark.parametrize("empty", ["", None, " "])
+def test_what_an_instruction_is_about_may_stand_in_either_column_or_in_both(tmp_path, empty):
+    about = [(empty, "this"), ("this", empty), ("this", "that"), (empty, empty)]
+    rows = [{"instruction": "Do", "input": one, "context": other, "output": "x"} for one, other in about]
+    made, report = converted(write(tmp_path, rows), "demonstrations")
+    assert [row["prompt"] for row in made] == [[user(text)] for text in ("Do\n\nthis", "Do\n\nthis", "Do\n\nthis\n\nthat", "Do")]
+    assert not report.unread
+
+
 def test_a_cell_with_json_that_is_no_message_list_is_text(tmp_path):
     rows, _ = converted(table(tmp_path, ["instruction", "output"], ["Hi?", '[{"name": "x"}]']), "demonstrations")
     assert [bare(row) for row in rows] == [{"prompt": ASK, "completion": '[{"name": "x"}]'}]

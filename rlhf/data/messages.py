@@ -100,10 +100,10 @@ def column_prompt(row: dict, column: str | None = None) -> Messages:
         raise Unusable("not text")
     if not value.strip():
         raise Unusable("no prompt")
-    detail = row.get(first_of(row, DETAIL_COLUMNS)) if column in ("instruction", "question") else None
-    if detail is not None and not isinstance(detail, str):
+    details = [row.get(name) for name in DETAIL_COLUMNS] if column in ("instruction", "question") else []
+    if not all(detail is None or isinstance(detail, str) for detail in details):
         raise Unusable("not text")
-    text = f"{value}\n\n{detail}" if detail and detail.strip() else value
+    text = "\n\n".join([value, *(detail for detail in details if detail and detail.strip())])
     return system + history_messages(row.get("history")) + [user_turn(text)]
 
 

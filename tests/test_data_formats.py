@@ -561,6 +561,18 @@ def test_what_an_instruction_is_about_may_stand_in_either_column_or_in_both(tmp_
     assert not report.unread
 
 
+def test_an_annotator_who_did_not_vote_left_an_empty_cell(tmp_path):
+    names = ["instruction", "input", "response1", "response2", "annotator1", "annotator2", "annotator3"]
+    assert [bare(row) for row in converted(table(tmp_path, names, ["Hi?", "", "good", "bad", "1", "", "1"]), "preferences")[0]] == [PAIR]
+    with pytest.raises(InputError, match="no verdict 1"):
+        converted(table(tmp_path, names, ["Hi?", "", "good", "bad", "", "", ""]), "preferences")
+
+
+def test_an_output_of_messages_is_one_answer(tmp_path):
+    made, _ = converted(write(tmp_path, [{"prompt": "Hi?", "output": [assistant("good")]}]), "demonstrations")
+    assert [bare(row) for row in made] == [{"prompt": ASK, "completion": "good"}]
+
+
 def test_a_cell_with_json_that_is_no_message_list_is_text(tmp_path):
     rows, _ = converted(table(tmp_path, ["instruction", "output"], ["Hi?", '[{"name": "x"}]']), "demonstrations")
     assert [bare(row) for row in rows] == [{"prompt": ASK, "completion": '[{"name": "x"}]'}]

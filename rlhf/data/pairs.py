@@ -221,11 +221,11 @@ def is_pandalm(row: dict) -> bool:
 
 
 def read_pandalm(row: dict) -> Iterator[Example]:
-    """PandaLM: the majority of the annotators (0 = tie, 1, 2); without one, a tie."""
+    """PandaLM: the majority of the annotators (0 = tie, 1, 2; none in an empty cell); without one, a tie."""
     codes = {0: TIE, 1: FIRST, 2: SECOND}
     annotators = [value for name, value in row.items() if name.startswith("annotator")]
     yield voted(column_prompt(row), row.get("response1"), row.get("response2"),
-                lambda: [coded_verdict(value, codes)[0] for value in annotators if value is not None])
+                lambda: [coded_verdict(value, codes)[0] for value in annotators if value not in (None, "")])
 
 
 def zeros_and_ones(column: str, rows: list[dict]) -> str | None:

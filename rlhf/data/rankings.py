@@ -52,7 +52,9 @@ def read_scored_objects(row: dict) -> Iterator[Example]:
 
 
 def is_best_first(row: dict) -> bool:
-    return isinstance(row.get("output"), list) and first_of(row, PROMPT_COLUMNS) is not None
+    output = row.get("output")
+    messages = isinstance(output, list) and any(isinstance(answer, dict) for answer in output)  # of one answer
+    return isinstance(output, list) and not messages and first_of(row, PROMPT_COLUMNS) is not None
 
 
 def read_best_first(row: dict) -> Iterator[Example]:

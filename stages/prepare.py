@@ -20,7 +20,7 @@ from rlhf.config import Config
 from rlhf.cores import threads_per_process
 from rlhf.data import KINDS, Report, prompt_id, split_of, text_id
 from rlhf.data.bulk import convert_all
-from rlhf.data.reading import parts_of
+from rlhf.data.reading import files_of, parts_of
 from rlhf.errors import InputError
 from rlhf.jsonl import json_line, replacing, write_json
 from rlhf.progress import say
@@ -126,8 +126,8 @@ def _split(rows, folder: Path, side) -> Counter:
 
 def _digests(sources: dict[str, list[str]]) -> dict[str, str]:
     """Digest of every input file, so that a changed file is noticed; hub ids stand for themselves."""
-    names = {part for names in sources.values() for name in names for part in parts_of(name)}
-    return {name: file_digest(Path(name)) for name in sorted(names) if Path(name).is_file()}
+    names = {name for names in sources.values() for source in names for part in parts_of(source) for name in files_of(part)}
+    return {name: file_digest(Path(name)) for name in sorted(names)}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,21 @@ def test_an_input_file_that_changed_after_prepare_is_noticed(ends, tmp_path):
     before = tree(tmp_path / "run")
     assert f"the input {file} has changed" in prepare(ends, tmp_path, 2, f"data.demonstrations={file}")
     assert tree(tmp_path / "run") == before
+
+
+def test_a_saved_data_set_that_changed_after_prepare_is_noticed(ends, tmp_path, capsys):
+    import datasets
+
+    folder = tmp_path / "saved"
+    for answer in ("one", "two"):
+        shutil.rmtree(folder, ignore_errors=True)
+        datasets.Dataset.from_list([{"prompt": f"Question number {i}?", "completion": answer} for i in range(30)]).save_to_disk(folder)
+        capsys.readouterr()  # its progress bar
+        said = prepare(ends, tmp_path, 0 if answer == "one" else 2, f"data.demonstrations={folder}")
+        (folder / "cache-0123.arrow").write_bytes(b"left by datasets")
+        if answer == "one":
+            assert "already done" in prepare(ends, tmp_path, 0, f"data.demonstrations={folder}")
+    assert f"the input {folder}/data-00000-of-00001.arrow has changed" in said
 
 
 def test_a_folder_of_files_is_watched_too(ends, tmp_path):

@@ -85,6 +85,13 @@ def parts_of(source: str) -> list[str]:
     )
 
 
+def files_of(part: str) -> list[str]:
+    """The files that a part is read from: itself, or those of a data set that `datasets` saved, without what it caches there; none on the hub."""
+    path = Path(part)
+    inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [str(file) for file in inside if file.is_file() and not (path.is_dir() and file.name.startswith("cache-"))]
+
+
 def _files_in(folder: Path) -> list[str]:
     if (folder / "dataset_dict.json").exists():
         splits = sorted(child.name for child in folder.iterdir() if child.is_dir())

@@ -755,6 +755,10 @@ REFUSED = {
     "latin1.csv": ("prompt,chosen\na,café\n".encode("latin-1"), "line 2: not UTF-8"),
     "table.parquet": (b"PAR1 not really", "not readable as Parquet"),
     "latin1.txt": ("café".encode("latin-1"), "line 1: not UTF-8"),
+    "array.jsonl": (b'[{"prompt": "a",\n"completion": "b"}]\n', "wanted an object a line; a file that is one array is named .json"),
+    "array-on-a-line.jsonl": (b'[{"prompt": "a", "completion": "b"}]\n', "wanted an object a line; a file that is one array is named .json"),
+    "numbers.json": (b"[1, 2]", "wanted objects: one array of them"),
+    "bars.csv": (b"prompt|chosen|rejected\na|b, c|d\n", "wanted a header and rows with commas, semicolons or tabs between the cells"),
     "notes.docx": (b"PK", "no kind of file that can be read here"),
 }
 

@@ -31,6 +31,12 @@ SUFFIXES = {
     ".txt": "text",
     ".text": "text",
 }
+WANTED_LINES = {  # where no line of a file can be read
+    "lines": "an object a line; a file that is one array is named .json",
+    "json": "objects: one array of them, or one after the other",
+    "csv": "a header and rows with commas, semicolons or tabs between the cells",
+    "text": "text in UTF-8",
+}
 DESCRIPTIONS_OF_FOLDERS = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 OTHER_PACKERS = {".zst", ".bz2", ".xz", ".zip", ".7z", ".lz4"}
 MAX_LINE_BYTES = 64 * 2**20  # a longer one is no row that a model could read, and would not fit the memory promised
@@ -136,7 +142,8 @@ def read_part(part: str, by_line: bool = False) -> Numbered:
         yield line, row
     if first is not None and not good:
         line, drop = first
-        raise InputError(f"{part}: none of its {bad:,} lines can be read; line {line}: {drop.reason}{drop.detail and f' ({drop.detail})'}")
+        raise InputError(f"{part}: none of its {bad:,} lines can be read; line {line}: {drop.reason}{drop.detail and f' ({drop.detail})'}; "
+                         f"wanted {WANTED_LINES[_kind(path)]}")  # nothing else yields drops
     if not good:
         raise InputError(f"{part}: there is no row in it; wanted at least one")
 

@@ -88,7 +88,7 @@ def policy_pass(policy, rows: Rows, temperature: float, entropies: bool = False)
     """
     inner = unwrapped(policy)
     count, output_layer = len(rows.targets_N), inner.get_output_embeddings()
-    if getattr(output_layer, "bias", None) is not None or any(value for name, value in vars(inner.config).items() if CHANGES_LOGITS.match(name)):
+    if getattr(output_layer, "bias", None) is not None or _changes_logits(inner.config):
         output = inner(input_ids=rows.ids_BT, use_cache=False, output_hidden_states=True)
         hidden_BTD = output.hidden_states[-1]
         figures = token_logprobs(_picked(output.logits, rows.before_N)[:count], rows.targets_N, temperature, entropies)
@@ -99,6 +99,11 @@ def policy_pass(policy, rows: Rows, temperature: float, entropies: bool = False)
         figures = output_logprobs(hidden_ND, output_layer.weight, targets_N, temperature, entropies)
     logprobs_BC, *entropy_BC = (rows.spread(figure_N[:count]) for figure_N in figures)
     return logprobs_BC, entropy_BC[0] if entropies else None, hidden_BTD
+
+
+def _changes_logits(config) -> bool:
+    """Whether a model does more than a matrix product after its trunk; one that reads pictures too says so among the settings of its text."""
+    return any(value for name, value in vars(config.get_text_config()).items() if CHANGES_LOGITS.match(name))
 
 
 def _picked(states_BTX: torch.Tensor, places_N: torch.Tensor, step: int = PICKED_STEP) -> torch.Tensor:

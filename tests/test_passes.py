@@ -38,11 +38,24 @@ def granite():
     return rough(GraniteForCausalLM(config), 5)
 
 
+def gemma4():
+    """A model that caps its logits, and says so among the settings of its text alone."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    torch.manual_seed(6)
+    text = dict(vocab_size=len(ENCODER.tokenizer), vocab_size_per_layer_input=len(ENCODER.tokenizer), hidden_size=32, intermediate_size=48,
+                hidden_size_per_layer_input=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_kv_shared_layers=0, head_dim=16,
+                global_head_dim=16, layer_types=["sliding_attention", "full_attention"], max_position_embeddings=CONTEXT,
+                pad_token_id=ENCODER.pad_id, eos_token_id=ENCODER.eos_id, final_logit_softcapping=0.5)
+    return rough(Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=None, audio_config=None)), 6)
+
+
 POLICIES = {
     "gpt2": lambda: nano(ENCODER),
     "gpt2, fused attention": lambda: nano(ENCODER, attention="sdpa"),
     "llama": lambda: llama(ENCODER),
     "logits divided by 3": granite,
+    "logits capped, as the settings of its text say": gemma4,
     "lora": lambda: rough(add_lora(nano(ENCODER), 4, 8, "CAUSAL_LM"), 8, 0.05),
 }
 

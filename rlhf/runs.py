@@ -26,7 +26,7 @@ from rlhf.metrics import check_names
 from rlhf.paths import PACKAGE
 
 READS = {  # the sections of settings that decide what a stage makes, beside seed
-    "prepare": ("data", "world"),
+    "prepare": ("data", "world", "reward.ties"),
     "pretrain": ("model", "pretrain", "run.precision"),
     "sft": ("model", "data", "sft", "run.precision"),
     "collect": ("collect", "data", "run.precision", "world.agreement", "pipeline.rounds"),
@@ -230,12 +230,16 @@ def _relevant(name: str, config: Config) -> dict:
     picked: dict = {"seed": tree["seed"]}
     for entry in READS[name]:
         section, _, key = entry.partition(".")
-        picked[entry] = tree[section][key] if key else {k: v for k, v in tree[section].items() if k not in _not_deciding(section, config)}
+        free = _not_deciding(name, section, config)
+        if key not in free:
+            picked[entry] = tree[section][key] if key else {k: v for k, v in tree[section].items() if k not in free}
     return picked
 
 
-def _not_deciding(section: str, config: Config) -> tuple[str, ...]:
-    """Settings of a section that may change during a run without changing its model."""
+def _not_deciding(stage: str, section: str, config: Config) -> tuple[str, ...]:
+    """Settings of a section that may change during a run without changing what a stage makes."""
+    if stage == "prepare" and section == "reward":
+        return () if config.data.preferences else ("ties",)  # it leaves tied rows out of what is given; raters rank later
     if section != "ppo":
         return ()
     return ("save_every",) if config.ppo.hand_over == "best" else ("save_every", "eval_every", "eval_prompts")
@@ -267,7 +271,7 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
                 was, wanted = saved.get(section), now[section]
             else:
                 was, wanted = saved.get(section, {}).get(field, new[section][field]), now[section][field]
-            if was != wanted and field not in _not_deciding(section, stage.config):
+            if was != wanted and field not in _not_deciding(stage.name, section, stage.config):
                 changes.append(f"{section}{'.' + field if field else ''} was {was!r} and is now {wanted!r}")
     if saved and not changes:
         return

@@ -206,6 +206,17 @@ def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(config):
     assert "reward.flip_rate was 0.0 and is now 0.25" in refusal("reward", replace_section(config, "reward", flip_rate=0.25))
 
 
+def test_whether_ties_are_kept_decides_what_prepare_makes_of_given_preferences(config):
+    """It leaves tied rows out for reward.ties=drop: finished so, they would be missing unnoticed under half."""
+    open_stage("prepare", config).finish()
+    assert open_stage("prepare", replace_section(config, "reward", ties="half")).done, "the embedded world's raters rank after it"
+    given = replace_section(config, "data", preferences=["mine.jsonl"])
+    given = replace_section(given, "run", dir=config.run.dir + "_given")
+    open_stage("prepare", given).finish()
+    assert "reward.ties was 'drop' and is now 'half'" in refusal("prepare", replace_section(given, "reward", ties="half"))
+    assert open_stage("prepare", replace_section(given, "reward", lr=0.5)).done
+
+
 def test_what_ppo_is_paid_by_decides_for_it_and_for_compare(config):
     """An ensemble must not become its first member unnoticed."""
     for stage in ("ppo", "compare"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from rlhf.config import config_to_tree
-from rlhf.errors import TrainingStopped
+from rlhf.errors import TrainingStopped, first_line
 from rlhf.runs import Stage, versions
 
 MEMORY = {"collect": ("collect.batch_size",), "compare": ("compare.batch_size",), "ppo": ("ppo.microbatch_tokens",)}  # what to lower, beside lengths
@@ -40,9 +40,8 @@ def memory_trouble(error: BaseException, stage: Stage) -> TrainingStopped | None
 
     if not is_out_of_memory(error):
         return None
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
     settings = MEMORY.get(stage.name, ()) + ("data.max_prompt_tokens", "data.max_completion_tokens")
-    return TrainingStopped(f"{stage.name}: memory ran out: {said}. What was finished before is whole; "
+    return TrainingStopped(f"{stage.name}: memory ran out: {first_line(error)}. What was finished before is whole; "
                            f"lower {', '.join(settings[:-1])} or {settings[-1]}")
 
 

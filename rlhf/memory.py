@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf.errors import TrainingStopped
+from rlhf.errors import TrainingStopped, first_line
 from rlhf.progress import say
 
 WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory", "bad_alloc",  # CUDA and the CPU allocator
@@ -51,10 +51,9 @@ class Microbatch:
                 if not is_out_of_memory(error):
                     raise
                 if self.size <= least or sharded:
-                    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    raise TrainingStopped(f"memory ran out in a microbatch of at most {self.size} {self.unit} (one row: at most {least}): {said}. "
-                                          f"The last checkpoint is whole. Lower {', '.join((self.setting, *self.shorter[:-1]))} or "
-                                          f"{self.shorter[-1]}") from None
+                    raise TrainingStopped(f"memory ran out in a microbatch of at most {self.size} {self.unit} (one row: at most {least}): "
+                                          f"{first_line(error)}. The last checkpoint is whole. Lower "
+                                          f"{', '.join((self.setting, *self.shorter[:-1]))} or {self.shorter[-1]}") from None
             # Outside of the except block, where the failed try's tensors are no longer held by its traceback
             give_back()
             if torch.cuda.is_available():

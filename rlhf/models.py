@@ -27,7 +27,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Encoder
-from rlhf.errors import InputError
+from rlhf.errors import InputError, first_line
 from rlhf.progress import say
 from rlhf.rankings import fp32_head
 
@@ -279,6 +279,5 @@ def _load(auto_class, source: str, **settings):
     try:
         return auto_class.from_pretrained(source, **settings)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"no model could be loaded from {source!r} ({reason}); wanted a folder with config.json, model.safetensors and "
+        raise InputError(f"no model could be loaded from {source!r} ({first_line(error)}); wanted a folder with config.json, model.safetensors and "
                          "tokenizer.json, a .gguf file, or a hub id that is reachable or cached") from None

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from rlhf.decoding import PAST_STEP, BufferLayer, attention_for_sampling, decoder
 from rlhf.encoding import Encoder
-from rlhf.errors import InputError
+from rlhf.errors import InputError, first_line
 from rlhf.masking import left_pad, left_pad_mask, positions, round_up
 from rlhf.models import adapters_merged, as_written, unwrapped
 from rlhf.passes import check_length, pass_cost, tight_groups
@@ -63,7 +63,7 @@ def check_backbone(policy, encoder: Encoder, tokens: int) -> None:
     try:
         agree = _agrees_with_itself(policy, encoder)
     except Exception as error:
-        agree, why = False, (str(error).strip() or type(error).__name__).splitlines()[0]
+        agree, why = False, first_line(error)
     else:
         why = "token by token it says something else than at once"
     if not agree:

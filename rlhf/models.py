@@ -1,9 +1,10 @@
-"""Backbones: the small GPT and its tokenizer, and any causal LM of `transformers`; loading, saving, LoRA.
+"""Backbones: the small GPT and its tokenizer, and any causal LM of `transformers`; loading, saving, LoRA, the head of a reward model.
 
 Everything is loaded in fp32 (the master weights) with dropout off (CANON B4); precision of the passes is accelerate's business.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -29,7 +31,6 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.encoding import ASSISTANT, END, PAD, SMALL_TEMPLATE, SYSTEM, USER, Encoder
 from rlhf.errors import InputError, first_line
 from rlhf.progress import say
-from rlhf.rankings import fp32_head
 
 # DEPARTS: B1's 1024 positions do not come with the size gpt2; model.context sets them (256), because rows here are short (GPT-2, section 2.3)
 SIZES = {  # name: (layers, width, heads); parameters with a 2,048-token vocabulary: 0.2M, 2.2M, 11.5M, 87M
@@ -115,6 +116,31 @@ def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remot
                   trust_remote_code=trust_remote_code, **_without_dropout(source, trust_remote_code))
     fp32_head(model)
     return _fit(model, encoder)
+
+
+class Fp32Linear(nn.Linear):
+    """A linear layer that autocast leaves alone: bf16 would round a score near 3 to steps of 0.016, larger than many differences it must tell."""
+
+    def forward(self, input):  # noqa: A002 - nn.Linear's name for it
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())  # FSDP gathers it in bf16
+
+
+def fp32_head(reward_model) -> nn.Linear:
+    """Makes the scalar head of a sequence classifier an Fp32Linear, in place and under the same weights; returns it."""
+    head = [m for m in reward_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+    head.__class__ = Fp32Linear
+    return head
+
+
+def init_reward_head(reward_model, generator: torch.Generator | None = None) -> nn.Linear:
+    """Draws the scalar head from N(0, 1/sqrt(d + 1)), d its inputs, with bias 0 where it has one (CANON R1; N+ 11); returns it."""
+    head = fp32_head(reward_model)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1))
+        if head.bias is not None:
+            head.bias.zero_()
+    return head
 
 
 def save_model(model, encoder: Encoder, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:

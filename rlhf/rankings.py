@@ -9,8 +9,6 @@ import math
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from rlhf.data.examples import LONG_COMPLETION, LONG_PROMPT, TIED
 from rlhf.losses import ranking_loss
@@ -80,31 +78,6 @@ def collate_rankings(rows: list[dict], pad_id: int) -> dict:
 def ranks_and_margins(rows: list[dict]) -> dict:
     """ranks_BK: 1 is best, 0 an empty place; margin_B."""
     return {"ranks_BK": right_pad([row["ranks"] for row in rows], 0), "margin_B": torch.tensor([row["margin"] for row in rows])}
-
-
-class Fp32Linear(nn.Linear):
-    """A linear layer that autocast leaves alone: bf16 would round a score near 3 to steps of 0.016, larger than many differences it must tell."""
-
-    def forward(self, input):  # noqa: A002 - nn.Linear's name for it
-        with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())  # FSDP gathers it in bf16
-
-
-def fp32_head(reward_model) -> nn.Linear:
-    """Makes the scalar head of a sequence classifier an Fp32Linear, in place and under the same weights; returns it."""
-    head = [m for m in reward_model.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
-    head.__class__ = Fp32Linear
-    return head
-
-
-def init_reward_head(reward_model, generator: torch.Generator | None = None) -> nn.Linear:
-    """Draws the scalar head from N(0, 1/sqrt(d + 1)), d its inputs, with bias 0 where it has one (CANON R1; N+ 11); returns it."""
-    head = fp32_head(reward_model)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1))
-        if head.bias is not None:
-            head.bias.zero_()
-    return head
 
 
 def pair_figures(rewards_BK: torch.Tensor, ranks_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

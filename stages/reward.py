@@ -23,11 +23,21 @@ from rlhf.encoded import EncodedRows, encoded_rows, write_drops
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import replacing_folder, write_json
-from rlhf.models import add_lora, attention_kernel, compile_blocks, load_encoder, load_policy, load_reward_model, parameter_count, save_model
+from rlhf.models import (
+    add_lora,
+    attention_kernel,
+    compile_blocks,
+    init_reward_head,
+    load_encoder,
+    load_policy,
+    load_reward_model,
+    parameter_count,
+    save_model,
+)
 from rlhf.passes import check_length
 from rlhf.progress import say
 from rlhf.prompts import load_prompts
-from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head, judge_share, normalisation, with_flips
+from rlhf.rankings import encode_rankings, evaluate_rankings, judge_share, normalisation, with_flips
 from rlhf.runs import Stage, file_digest, open_stage
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import RewardModelScorer, member_folders, raw_scores

@@ -29,9 +29,9 @@ import torch
 from rlhf import world
 from rlhf.compute import start
 from rlhf.config import Config, load_config
-from rlhf.models import load_encoder, load_policy, load_reward_model
+from rlhf.models import init_reward_head, load_encoder, load_policy, load_reward_model
 from rlhf.prompts import load_prompts
-from rlhf.rankings import encode_rankings, evaluate_rankings, init_reward_head
+from rlhf.rankings import encode_rankings, evaluate_rankings
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.scoring import raw_scores
 from rlhf.trl_trainers import RankingTrainer, Recipe, count_steps

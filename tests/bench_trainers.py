@@ -31,8 +31,8 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from rlhf.compute import start
 from rlhf.config import Config, load_config
 from rlhf.jsonl import read_jsonl
-from rlhf.models import attention_kernel, load_encoder, load_policy, load_reward_model
-from rlhf.rankings import encode_rankings, init_reward_head
+from rlhf.models import attention_kernel, init_reward_head, load_encoder, load_policy, load_reward_model
+from rlhf.rankings import encode_rankings
 from rlhf.trl_trainers import DemonstrationTrainer, RankingTrainer, Recipe
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -86,7 +86,7 @@ BUGS = [
         right="return {name: 0.0 for name, value in",
         wrong="return {name: value for name, value in"),
     # R: reward model
-    Bug("R1", "rlhf/rankings.py", "test_sft_reward.py", "the reward head starts at another scale",
+    Bug("R1", "rlhf/models.py", "test_sft_reward.py", "the reward head starts at another scale",
         right="/ math.sqrt(head.in_features + 1))",
         wrong="/ math.sqrt(2 * head.in_features))"),
     Bug("R2", "rlhf/scoring.py", "test_scoring.py", "the longest row's reward is read one before its EOS",

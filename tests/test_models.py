@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from rlhf.models import add_lora, hold_for_products, new_gpt, save_model, share_equal
-from rlhf.rankings import fp32_head
+from rlhf.models import add_lora, fp32_head, hold_for_products, new_gpt, save_model, share_equal
 from tests.helpers import llama, nano, rough, tiny_encoder
 
 ENCODER = tiny_encoder()

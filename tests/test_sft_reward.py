@@ -18,13 +18,12 @@ from rlhf.config import config_from_tree
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import read_jsonl, write_jsonl
-from rlhf.models import load_encoder, load_policy, load_reward_model, new_gpt, save_model, train_tokenizer
+from rlhf.models import init_reward_head, load_encoder, load_policy, load_reward_model, new_gpt, save_model, train_tokenizer
 from rlhf.rankings import (
     clustered_interval,
     collate_rankings,
     encode_rankings,
     evaluate_rankings,
-    init_reward_head,
     judge_share,
     normalisation,
     pair_figures,

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig, MistralConfig
 
 from rlhf.losses import ranking_loss
-from rlhf.models import add_lora
-from rlhf.rankings import collate_rankings, init_reward_head
+from rlhf.models import add_lora, init_reward_head
+from rlhf.rankings import collate_rankings
 from rlhf.shared_prompts import can_share, collate_shared, pays, shared_rewards
 
 SHAPE = {"vocab_size": 60, "num_labels": 1, "pad_token_id": 0}

@@ -110,7 +110,7 @@ def _gradients(accelerator, model, rollout, rows: list[int], ptx_rows: list, set
         return loss * accelerator.num_processes / count, (sums, error)
 
     def ptx_part(group):
-        loss, sums = _ptx_loss(accelerator, model, [my_ptx[i] for i in group], settings, pad_id)
+        loss, sums = _ptx_loss(accelerator, model, [my_ptx[i] for i in group], pad_id)
         return settings.ptx_coef * loss * accelerator.num_processes / ptx_count, (sums, torch.zeros_like(sums[0]))
 
     parts = [partial(ppo_part, group) for group in groups_of([len(rollout.prompts[i]) + len(rollout.completions[i]) for i in mine])]
@@ -135,20 +135,24 @@ def _ppo_loss(accelerator, model, rollout, rows: list[int], settings: UpdateSett
         ratio_BC = torch.exp(torch.where(batch.mask_BC, logprobs_BC - old_BC, 0.0))
         off_BC = (ratio_BC - 1).abs()
         kl_sum = torch.where(batch.mask_BC, k3(old_BC, logprobs_BC), 0.0).sum()
-        clipped = (off_BC > settings.clip).sum()
-        figures = torch.stack([policy_sum.detach(), value_sum.detach(), kl_sum, clipped, off_BC.sum(), kl_sum * 0, count, count * 0]).double()
-    return settings.policy_coef * policy_sum + settings.value_coef * value_sum, figures, off_BC.max().double()
+        sums = _sums(policy_loss=policy_sum, value_loss=value_sum, approx_kl=kl_sum, clip_fraction=(off_BC > settings.clip).sum(),
+                     ratio_drift=off_BC.sum(), tokens=count)
+    return settings.policy_coef * policy_sum + settings.value_coef * value_sum, sums, off_BC.max().double()
 
 
-def _ptx_loss(accelerator, model, pairs: list, settings: UpdateSettings, pad_id: int):
+def _ptx_loss(accelerator, model, pairs: list, pad_id: int):
     """Language-model loss sum of PPO-ptx rows (IG eq. 2), and its sums for the figures."""
     batch = make_rows([p for p, _ in pairs], [c for _, c in pairs], pad_id, accelerator.device)
     with accelerator.autocast():
         logprobs_BC, _, values_BC = model(batch, 1.0)
     loss, count = language_model_loss(logprobs_BC, batch.mask_BC)
-    figures = torch.zeros(len(SUMS), dtype=torch.float64, device=loss.device)
-    figures[SUMS.index("ptx_loss")], figures[SUMS.index("ptx_tokens")] = loss.detach(), count
-    return loss + 0.0 * values_BC.sum(), figures  # the zero term keeps the value model in every process's graph
+    return loss + 0.0 * values_BC.sum(), _sums(ptx_loss=loss, ptx_tokens=count)  # the zero term keeps the value model in every process's graph
+
+
+def _sums(**found: torch.Tensor) -> torch.Tensor:
+    """[len(SUMS)] float64 in the order of SUMS, 0 for those that a microbatch has none of."""
+    none = next(iter(found.values())).new_zeros((), dtype=torch.float64)
+    return torch.stack([found.get(name, none).detach().double() for name in SUMS])
 
 
 def _clip(accelerator, model, max_norm: float) -> float:

@@ -8,6 +8,7 @@ import torch
 
 from rlhf import world
 from rlhf.data.examples import LONG_PROMPT
+from rlhf.data.splits import SPLITS
 from rlhf.encoded import EncodedRows, encoded_rows
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
@@ -48,7 +49,7 @@ def load_prompts(run_dir: str, split: str, encoder: Encoder, max_tokens: int) ->
 
 def refuse_empty_parts(run_dir: str) -> None:
     """InputError where no prompt fell into one of the three parts: PPO evaluates on eval, and the comparison asks test, hours later."""
-    for split in ("train", "eval", "test"):
+    for split in SPLITS:
         path = Path(run_dir) / "data" / "prompts" / f"{split}.jsonl"
         if path.stat().st_size == 0:
             raise _no_prompts(path)

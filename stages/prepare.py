@@ -18,7 +18,7 @@ from rlhf import world
 from rlhf.cli import run_stage
 from rlhf.config import Config
 from rlhf.cores import threads_per_process
-from rlhf.data import KINDS, Report, prompt_id, split_of, text_id
+from rlhf.data import KINDS, SPLITS, Report, prompt_id, split_of, text_id
 from rlhf.data.bulk import convert_all
 from rlhf.data.reading import files_of, parts_of
 from rlhf.errors import InputError
@@ -26,7 +26,7 @@ from rlhf.jsonl import json_line, replacing, write_json
 from rlhf.progress import say
 from rlhf.runs import file_digest, open_stage
 
-SPLITS = ("train", "eval", "test")
+TEXT_SHARES = (0.01, 0.0)  # of eval and test: enough for a held-out loss, and no model is compared on text
 
 
 def main(config: Config) -> None:
@@ -57,7 +57,7 @@ def _write_world(config: Config, data: Path) -> dict[str, Counter]:
     asked = [_world_row(p) for p in world.sample_prompts(size.demonstrations, "train", seed + 1)]
     demonstrations = [{**row, "completion": world.write_demonstration(row["prompt"][0]["content"], rng, size.flaw_rate)} for row in asked]
     text = [{"text": t, "id": text_id(t)} for t in world.write_text(size.documents, seed, size.text_flaw_rate)]
-    side = {"prompts": _world_side, "demonstrations": _world_side, "text": lambda row, config: split_of(row["id"], 0.01, 0.0)}
+    side = {"prompts": _world_side, "demonstrations": _world_side, "text": lambda row, config: split_of(row["id"], *TEXT_SHARES)}
     return {kind: _split(rows, data / kind, lambda row, kind=kind: side[kind](row, config))
             for kind, rows in (("text", text), ("demonstrations", demonstrations), ("prompts", prompts))}
 
@@ -108,8 +108,8 @@ def _convert_files(config: Config, sources: dict[str, list[str]], data: Path) ->
 
 
 def _shares(config: Config) -> dict[str, tuple[float, float]]:
-    """Shares of eval and test for each kind; text is for pretraining, which is never compared on it."""
-    return dict.fromkeys(KINDS, (config.data.eval_fraction, config.data.test_fraction)) | {"text": (0.01, 0.0)}
+    """Shares of eval and test for each kind."""
+    return dict.fromkeys(KINDS, (config.data.eval_fraction, config.data.test_fraction)) | {"text": TEXT_SHARES}
 
 
 def _split(rows, folder: Path, side) -> Counter:

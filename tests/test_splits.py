@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.data import half_of, prompt_id, split_of, text_id
+from rlhf.data import prompt_id, split_of, text_id
 from rlhf.errors import InputError
+from rlhf.rankings import judge_share
 
 
 def user(content):
@@ -59,7 +60,7 @@ def test_sides_are_intervals_of_the_ids(identity, side):
     assert split_of(identity, eval_fraction=1 / 16, test_fraction=1 / 16) == side
 
 
-def test_fractions_come_out_and_the_half_is_independent_of_the_side():
+def test_fractions_come_out_and_the_judges_share_is_independent_of_the_side():
     ids = [text_id(f"prompt {n}") for n in range(8000)]
     sides = [split_of(identity, 0.1, 0.2) for identity in ids]
     shares = {side: sides.count(side) / len(ids) for side in ("train", "eval", "test")}
@@ -67,18 +68,17 @@ def test_fractions_come_out_and_the_half_is_independent_of_the_side():
     assert shares["eval"] == pytest.approx(0.1, abs=0.015)
     assert shares["train"] == pytest.approx(0.7, abs=0.02)
     for side in ("train", "eval", "test"):
-        halves = [half_of(identity) for identity, found in zip(ids, sides) if found == side]
-        assert set(halves) == {0, 1}
-        assert sum(halves) / len(halves) == pytest.approx(0.5, abs=0.06)
+        kept = [judge_share(identity, 0.3) for identity, found in zip(ids, sides) if found == side]
+        assert sum(kept) / len(kept) == pytest.approx(0.3, abs=0.06)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=20), st.integers(0, 19))
 def test_a_prompt_stays_where_it_is_whatever_else_is_there(texts, place):
     """Ids and sides of a whole file equal those of each row on its own: no function here has a memory."""
-    together = [(text_id(text), split_of(text_id(text), 0.1, 0.1), half_of(text_id(text))) for text in texts]
+    together = [(text_id(text), split_of(text_id(text), 0.1, 0.1), judge_share(text_id(text), 0.3)) for text in texts]
     alone = texts[place % len(texts)]
-    assert together[place % len(texts)] == (text_id(alone), split_of(text_id(alone), 0.1, 0.1), half_of(text_id(alone)))
+    assert together[place % len(texts)] == (text_id(alone), split_of(text_id(alone), 0.1, 0.1), judge_share(text_id(alone), 0.3))
 
 
 @given(st.text(), st.floats(0, 0.4), st.floats(0, 0.4))

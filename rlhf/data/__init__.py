@@ -3,17 +3,17 @@
 from rlhf.data.converting import Converted, Report, convert
 from rlhf.data.formats import FORMATS, KINDS, Format, recognise
 from rlhf.data.reading import Drop, read_rows
-from rlhf.data.splits import half_of, prompt_id, split_of, text_id
+from rlhf.data.splits import SPLITS, prompt_id, split_of, text_id
 
 __all__ = [
     "FORMATS",
     "KINDS",
+    "SPLITS",
     "Converted",
     "Drop",
     "Format",
     "Report",
     "convert",
-    "half_of",
     "prompt_id",
     "read_rows",
     "recognise",

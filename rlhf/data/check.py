@@ -38,6 +38,7 @@ from rlhf.data.facts import (
 )
 from rlhf.data.formats import KINDS
 from rlhf.data.shortcuts import Accuracy
+from rlhf.data.splits import SPLITS
 from rlhf.errors import EXIT_DONE, EXIT_WARNINGS, InputError
 from rlhf.terminal import Help, printable, whole_number
 
@@ -181,7 +182,7 @@ def _contents(facts: Facts) -> list[tuple[str, str]]:
     lines += [("", f"{sum(map(len, places.values())):,} single answers left out: {reason}") for reason, places in report.left_out.items()]
     if facts.prompts:
         turns = sorted(report.turns)
-        sides = ", ".join(f"{facts.sides[side]:,} {side}" for side in ("train", "eval", "test"))
+        sides = ", ".join(f"{facts.sides[side]:,} {side}" for side in SPLITS)
         lines.append(("turns", str(turns[0]) if len(turns) == 1 else f"{turns[0]} to {turns[-1]}"))
         lines.append(("prompts", f"{facts.counts['prompts']:,} different first questions; split by them: {sides} rows"))
     for count, first, what in ((facts.wrong_encoding, "wrong_encoding", "with characters that a wrong encoding leaves"),

@@ -1,7 +1,7 @@
 """One example of any schema, and the four kinds of canonical row made from it.
 
-A reader (`preferences.py`, `demonstrations.py`) only says what a source row means: an `Example`. What makes a row unusable depends on
-the kind that is wanted (a tied pair has a fine prompt), so it is decided here, once for all schemas.
+A reader (`pairs.py`, `rankings.py`, `trees.py`, `demonstrations.py`) only says what a source row means: an `Example`. What makes a row
+unusable depends on the kind that is wanted (a tied pair has a fine prompt), so it is decided here, once for all schemas.
 """
 
 import math

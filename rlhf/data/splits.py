@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from rlhf.errors import InputError
 
-TRAIN, EVAL, TEST = "train", "eval", "test"
+TRAIN, EVAL, TEST = SPLITS = ("train", "eval", "test")
 
 
 def normalise(text: str) -> str:
@@ -48,8 +48,3 @@ def split_of(prompt_id: str, eval_fraction: float, test_fraction: float) -> str:
     if position < test_fraction:
         return TEST
     return EVAL if position < test_fraction + eval_fraction else TRAIN
-
-
-def half_of(prompt_id: str) -> int:
-    """0 or 1, independent of the split: a judge trained on one half never saw the prompts of the other."""
-    return hashlib.sha256(b"half:" + prompt_id.encode()).digest()[0] & 1

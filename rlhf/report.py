@@ -422,13 +422,19 @@ def visible(value):
     return re.sub(r"[\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", value)
 
 
-def _html(page: dict) -> str:
+def rendered(template: Path, **values) -> str:
+    """An HTML template filled with `values`, in which text of models and data is escaped and made visible; `css` is the reports' style."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=visible, trim_blocks=True, lstrip_blocks=True)
-    template, css, js = ((HERE / name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.css", "report.js"))
+    css = (HERE / "report.css").read_text(encoding="utf-8")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(css=Markup(css), **values)
+
+
+def _html(page: dict) -> str:
+    js = (HERE / "report.js").read_text(encoding="utf-8")
     claim, colon, result = page["headline"].partition(": win rate")
     result = colon + re.sub(r"(\d)-(\d)", "\\1–\N{WORD JOINER}\\2", result)  # an interval is not broken over two lines
     digest = base64.b64encode(hashlib.sha256(js.encode("utf-8")).digest()).decode("ascii")
-    return environment.from_string(template).render(page, claim=claim, result=result, css=Markup(css), js=Markup(js), js_hash=digest)
+    return rendered(HERE / "report.html.j2", **page, claim=claim, result=result, js=Markup(js), js_hash=digest)
 
 
 def _markdown(page: dict) -> str:

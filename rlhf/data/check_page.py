@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rlhf import charts
 from rlhf.data.facts import Checked, Facts, answers_of, left_out
 from rlhf.encoding import Encoder
 from rlhf.jsonl import replacing
-from rlhf.report import visible
+from rlhf.report import rendered
 
 HERE = Path(__file__).resolve().parent
 SLOTS = {"prompt": "pretrained", "chosen": "ppo", "rejected": "best-of", "completion": "ppo", "text": "ppo"}
@@ -17,11 +16,8 @@ SLOTS = {"prompt": "pretrained", "chosen": "ppo", "rejected": "best-of", "comple
 
 def write_page(path: Path, checked: Checked, verdict: str, figures: list[list[tuple[str, str]]]) -> None:
     """Writes the page, beside and renamed into place; ``figures``: for each file the names and sentences that the terminal shows."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=visible, trim_blocks=True, lstrip_blocks=True)
-    css = (HERE.parent / "report.css").read_text(encoding="utf-8")
-    template = environment.from_string((HERE / "check.html.j2").read_text(encoding="utf-8"))
     files = [_file(number, facts, lines) for number, (facts, lines) in enumerate(zip(checked.files, figures, strict=True))]
-    page = template.render(verdict=verdict, warnings=checked.warnings, files=files, shared=checked.shared, css=Markup(css))
+    page = rendered(HERE / "check.html.j2", verdict=verdict, warnings=checked.warnings, files=files, shared=checked.shared)
     with replacing(path) as file:
         file.write(page)
 

@@ -12,15 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from rlhf.charts import Series, line_chart, standalone
 from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.jsonl import replacing, write_json
-from rlhf.models import SIZES, load_encoder, load_reward_model, longest_row, new_gpt, save_model
+from rlhf.models import SIZES, load_encoder, load_reward_model, longest_row, new_gpt, save_model, untrained_policy
 from rlhf.progress import Progress
 
 BATCHES, LENGTHS, MODELS = (16, 32, 64, 128, 256), (16, 32, 64, 128), ("nano", "micro", "mini")
@@ -55,22 +52,22 @@ def sweep(run: Path, config: Config, overrides: list[str], steps: int, folder: P
 
 def _points(run: Path, config: Config, scratch: Path):
     """Each point's axis, value, run folder and settings; models with fresh weights are made in `scratch` as they come up."""
-    encoder = load_encoder(str(run / "sft" / "model"))
+    sft, trust = str(run / "sft" / "model"), config.model.trust_remote_code
+    encoder = load_encoder(sft, trust)
     for batch in BATCHES:
         yield {"axis": "batch", "value": batch, "run": run, "settings": [f"ppo.batch_size={batch}"]}
-    torch.manual_seed(config.seed)
-    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run / "sft" / "model"))
-    same_shape, room = _fresh_run(run, fresh, encoder, scratch / "same"), longest_row(fresh)
+    fresh = untrained_policy(sft, encoder, "eager", config.seed, trust)
+    same_shape, room = _fresh_run(run, fresh, encoder, scratch / "same", trust), longest_row(fresh)
     for length in LENGTHS:
         if room is None or config.data.max_prompt_tokens + length <= room:
             yield {"axis": "length", "value": length, "run": same_shape, "settings": [f"data.max_completion_tokens={length}"]}
     for size in MODELS:
         layers, width, _ = SIZES[size]
         gpt = new_gpt(size, encoder, config.data.max_prompt_tokens + config.data.max_completion_tokens, "eager")
-        yield {"axis": "size", "value": f"{size} ({layers} x {width})", "run": _fresh_run(run, gpt, encoder, scratch / size), "settings": []}
+        yield {"axis": "size", "value": f"{size} ({layers} x {width})", "run": _fresh_run(run, gpt, encoder, scratch / size, trust), "settings": []}
 
 
-def _fresh_run(run: Path, policy, encoder: Encoder, folder: Path) -> Path:
+def _fresh_run(run: Path, policy, encoder: Encoder, folder: Path, trust_remote_code: bool) -> Path:
     """A run folder with RUN's data and settings whose SFT and reward model are `policy` with weights nobody trained."""
     for stage in ("prepare", "sft", "reward", "ppo"):
         (folder / stage).mkdir(parents=True)
@@ -79,7 +76,7 @@ def _fresh_run(run: Path, policy, encoder: Encoder, folder: Path) -> Path:
                 (folder / stage / name).write_bytes((run / stage / name).read_bytes())
     (folder / "data").symlink_to((run / "data").resolve())
     save_model(policy, encoder, folder / "sft" / "model")
-    save_model(load_reward_model(str(folder / "sft" / "model"), encoder, "eager"), encoder, folder / "reward" / "model")
+    save_model(load_reward_model(str(folder / "sft" / "model"), encoder, "eager", trust_remote_code), encoder, folder / "reward" / "model")
     return folder
 
 

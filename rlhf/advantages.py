@@ -2,13 +2,15 @@
 
 import torch
 
+from rlhf.kl import k1
+
 
 def token_rewards(scores_B, logprobs_BC, ref_logprobs_BC, mask_BC, kl_coef: float, likelihood_coef: float = 0.0) -> torch.Tensor:
     """-kl_coef·(logprob - ref_logprob) on real tokens, the score added on the last real one, 0 on padding (LHP eq. 2).
 
     With a likelihood_coef every real token gets likelihood_coef·ref_logprob too.
     """
-    rewards_BC = torch.where(mask_BC, -kl_coef * (logprobs_BC - ref_logprobs_BC), 0.0)
+    rewards_BC = torch.where(mask_BC, -kl_coef * k1(logprobs_BC, ref_logprobs_BC), 0.0)
     # DEPARTS: S3 has no such term; a small model often knows better than its reward model can check ("sharpening", Huang et al. 2024, 2412.01951)
     if likelihood_coef:
         rewards_BC += torch.where(mask_BC, likelihood_coef * ref_logprobs_BC, 0.0)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rlhf.comparison import MAX_KL_NATS
+
 RATIO_DRIFT = 0.05  # bf16 passes of differently shaped batches differ by a few percent (CANON A1); 0.036 at most with SmolLM2
 RATIO_ERROR = 1.0  # of the worst token; bf16 moved single tokens of SmolLM2 by a third
 KL_AT_START = 1e-3  # nats per completion (CANON A2)
@@ -31,7 +33,7 @@ ALARMS = (
           "completions no longer end by themselves ({eos_rate:.0%} do)", "lower ppo.missing_eos_score, or raise data.max_completion_tokens"),
     Alarm("distinct_2", lambda now, first: now["distinct_2"] < 0.4 * first["distinct_2"],
           "the answers repeat themselves (distinct-2 {distinct_2:.2f})", "raise ppo.kl_coef; read the rollouts for what the reward model overrates"),
-    Alarm("kl", lambda now, first: now["kl"] > 25.0,
+    Alarm("kl", lambda now, first: now["kl"] > MAX_KL_NATS,
           "the policy is far from the SFT model (KL {kl:.0f} nats a completion)", "raise ppo.kl_coef, or set ppo.kl_target"),
     Alarm("length_mean", lambda now, first: not 0.5 <= now["length_mean"] / first["length_mean"] <= 2.0,
           "the length runs away ({length_mean:.0f} tokens on average, {first[length_mean]:.0f} at the start)",

@@ -45,7 +45,7 @@ GLOSSARY = {
     "seconds_forward": ("s", "old log-probabilities, values and reference"),
     "seconds_update": ("s", "forward, backward and optimizer over all epochs"),
     "member": ("index", "reward model of the ensemble"),
-    "peak_memory_mb": ("MiB", "largest resident memory of the main process so far"),
+    "peak_memory_mb": ("MiB", "largest memory of the main process so far: of its tensors on a GPU, else all that is resident"),
 }
 
 

@@ -10,11 +10,11 @@ from itertools import islice
 
 import torch
 
+from rlhf.comparison import Z95
 from rlhf.data.examples import LONG_COMPLETION, LONG_PROMPT, TIED
 from rlhf.losses import ranking_loss
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
 
-Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 BINS = 5
 FILL_STEP = 16  # answers in a large batch are a multiple of this
 

@@ -32,7 +32,7 @@ import torch
 
 from rlhf.cli import guarded
 from rlhf.compute import describe, peak_memory_mb, start
-from rlhf.config import Config, load_config
+from rlhf.config import Config, load_config, replace_section
 from rlhf.errors import InputError
 from rlhf.learner import Learner
 from rlhf.masking import left_pad, left_pad_mask
@@ -41,7 +41,7 @@ from rlhf.passes import make_rows, pass_cost, policy_pass, tight_groups
 from rlhf.paths import PACKAGE
 from rlhf.progress import say
 from rlhf.prompts import Prompt, load_prompts, prompts_of_step
-from rlhf.runs import parent_digests, replace_section
+from rlhf.runs import parent_digests
 from rlhf.sampling import draw_uniforms, sample
 from rlhf.sharding import whole
 from rlhf.terminal import Help, whole_number

@@ -253,6 +253,11 @@ def config_to_tree(config) -> dict:
     return dataclasses.asdict(config)
 
 
+def replace_section(config: Config, section: str, **values) -> Config:
+    """`config` with some settings of one section changed."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
 def describe_settings() -> str:
     """One line per setting: dotted name, default, meaning with unit (what --help prints)."""
     lines = []

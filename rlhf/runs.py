@@ -4,7 +4,6 @@ A stage knows its own experiment by a fingerprint of the settings it reads and o
 never run again by accident, never mixed with another experiment, and never kept when a parent has changed.
 """
 
-import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -292,8 +291,3 @@ def _refuse_other_processes(stage: Stage, old: dict) -> None:
 def _rounded(value):
     """Seven digits of a float; None for nan and the infinities, which JSON has no word for."""
     return (float(f"{value:.7g}") if math.isfinite(value) else None) if isinstance(value, float) else value
-
-
-def replace_section(config: Config, section: str, **values) -> Config:
-    """`config` with some settings of one section changed."""
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})

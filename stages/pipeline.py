@@ -14,13 +14,12 @@ from pathlib import Path
 
 from rlhf.cli import run_stage
 from rlhf.compute import wait_for_everyone
-from rlhf.config import Config
+from rlhf.config import Config, replace_section
 from rlhf.contents import is_function
 from rlhf.memory import give_back
 from rlhf.models import load_encoder
 from rlhf.progress import say
 from rlhf.prompts import refuse_empty_parts
-from rlhf.runs import replace_section
 from rlhf.scoring import CallableScorer
 from stages import collect, compare, ppo, prepare, pretrain, reward, sft
 

@@ -17,12 +17,11 @@ from rlhf import bench, bench_sweep
 from rlhf.bench_sweep import AXES, as_markdown, linear
 from rlhf.charts import Series, line_chart, standalone
 from rlhf.compute import start
-from rlhf.config import config_to_tree, load_config
+from rlhf.config import config_to_tree, load_config, replace_section
 from rlhf.jsonl import read_jsonl, write_json, write_jsonl
 from rlhf.learner import Learner
 from rlhf.models import load_encoder, load_policy, load_reward_model, parameter_count, save_model
 from rlhf.prompts import load_prompts, prompts_of_step
-from rlhf.runs import replace_section
 from stages import ppo
 
 SMALL = ["ppo.batch_size=8", "ppo.minibatches=2", "data.max_completion_tokens=6", "run.threads=1", "run.precision=fp32",

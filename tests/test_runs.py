@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from rlhf import runs
-from rlhf.config import config_from_tree, load_config
+from rlhf.config import config_from_tree, load_config, replace_section
 from rlhf.errors import InputError
 from rlhf.jsonl import json_line, read_jsonl, replacing, replacing_folder, write_json, write_jsonl
-from rlhf.runs import READS, file_digest, open_stage, replace_section, source_commit, versions
+from rlhf.runs import READS, file_digest, open_stage, source_commit, versions
 
 
 @pytest.fixture

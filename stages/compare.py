@@ -79,6 +79,7 @@ def main(config: Config) -> None:
         answers[name] = _answers(config, accelerator, policy, sft, encoder, proxy, prompts, int(best_of[1]) if best_of else 1, place, temperature)
         if tasks and not best_of and not cooled and name not in SANITY:
             in_context[name] = {shots: _in_context(config, accelerator, policy, encoder, tasks, shots) for shots in settings.shots}
+        policy = None  # before the next one is loaded
         say(f"compare: {name} answered")
     scores, pair_judge = _judged(config, judge, accelerator, attention, encoder, prompts, answers)
     if not stage.main:

@@ -1,7 +1,9 @@
 """The compare stage on models made here: every kind of policy and judge, in-context learning, and what the report shows of them."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -86,6 +88,21 @@ def test_E1_E5_the_average_the_last_weights_a_second_draw_and_an_untrained_model
     assert "**PPO, last weights**" in report and "**SFT, drawn again**" not in report and "SFT, drawn again against SFT" in report
     # nano models answer with noise, so the row against the untrained model fails, and the report says so
     assert any("SFT against Untrained" in text for text in caveats(summary))
+
+
+def test_beside_sft_one_policy_is_in_memory_at_a_time(run, monkeypatch):
+    plain, loaded, alive = compare.load_policy, [], []
+
+    def load(*how):
+        gc.collect()
+        alive.append(sum(model() is not None for model in loaded))
+        policy = plain(*how)
+        loaded.append(weakref.ref(policy))
+        return policy
+
+    monkeypatch.setattr(compare, "load_policy", load)
+    compared(run, policies=["ppo", "ppo_last", "sft"])
+    assert alive == [0, 1, 1]
 
 
 def test_a_family_in_peoples_own_rows_is_a_label_and_no_gold_score(run):

@@ -108,13 +108,14 @@ def evaluate_rankings(rows: list[dict], scores: list[list[float]], ties: str = "
     bins. calibration: the preference that the scores predict, sigmoid of their difference, against the share observed. noise_free_*: pairs
     ordered by the rows' gold scores, where they have them. Raises ValueError when there is no pair.
     """
-    difference_P, prompt_P = _pairs([r["ranks"] for r in rows], scores)
+    difference_P, row_P = _pairs([r["ranks"] for r in rows], scores)
     if len(difference_P) == 0:
         raise ValueError("no pair of differently ranked answers to evaluate on")
     longer_P, _ = _pairs([r["ranks"] for r in rows], [[len(c) for c in r["completions"]] for r in rows])
-    right_P = _right(difference_P)
+    right_P, names = _right(difference_P), {}
+    prompt_of_row = torch.tensor([names.setdefault(row.get("id") or place, len(names)) for place, row in enumerate(rows)])  # a prompt may have many
     return {
-        "accuracy": right_P.mean().item(), "ci95": list(clustered_interval(right_P, prompt_P)), "pairs": len(right_P),
+        "accuracy": right_P.mean().item(), "ci95": list(clustered_interval(right_P, prompt_of_row[row_P])), "pairs": len(right_P),
         "longer_wins_accuracy": _right(longer_P).mean().item(), "loss": _loss(rows, scores, ties),
         "by_margin": _by_margin(difference_P.abs(), right_P), "calibration": _calibration(difference_P.abs(), right_P),
         **_noise_free(rows, scores),
@@ -139,7 +140,7 @@ def clustered_interval(right_P: torch.Tensor, prompt_P: torch.Tensor) -> tuple[f
 
 
 def _pairs(orders: list[list], values: list[list[float]], reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """(value of the better answer less that of the worse, index of the prompt) of all pairs; better: the lower in `orders`."""
+    """(value of the better answer less that of the worse, index of the row) of all pairs; better: the lower in `orders`."""
     sign = -1 if reverse else 1
     pairs = [(value[i] - value[j], row) for row, (order, value) in enumerate(zip(orders, values, strict=True))
              for i in range(len(order)) for j in range(len(order)) if sign * order[i] < sign * order[j]]

@@ -231,6 +231,17 @@ def test_R6_interval_counts_prompts_and_not_pairs():
     assert high == pytest.approx(1.0) and 0.8 < low < 0.95, "all right is not certainty"
 
 
+def test_R6_rows_of_the_same_prompt_are_one_draw():
+    """Votes on pairs come a row each, many of them to one prompt: six rows of a pair say what one row with six pairs says."""
+    right = [True, True, False, True, False, True, True, True, True, False]
+    rows = [{"completions": [[1], [2]], "ranks": [1, 2], "margin": 0.0, "gold": None, "id": f"{prompt:x}"} for prompt in range(10) for _ in range(6)]
+    found = evaluate_rankings(rows, [[float(right[int(row["id"], 16)]), 0.5] for row in rows])
+    # Wilson by hand at m = 0.7 with n = 9 (the n - 1 of the sample variance), not 60
+    z2 = 1.959963984540054**2
+    centre, half = (0.7 + z2 / 18) / (1 + z2 / 9), math.sqrt(z2 / 9 * 0.21 + (z2 / 18) ** 2) / (1 + z2 / 9)
+    assert found["pairs"] == 60 and found["ci95"] == pytest.approx([centre - half, centre + half], abs=1e-9)
+
+
 def test_R6_interval_covers_the_truth():
     generator, truth, covered = torch.Generator().manual_seed(0), 0.7, 0
     for _ in range(400):

@@ -44,7 +44,7 @@ class Encoder:
                                  "set eos_token in its config")
             tokenizer.eos_token = tokenizer.sep_token
         if tokenizer.chat_template is None:
-            tokenizer.chat_template = PAIR_TEMPLATE if _is_of_an_encoder(tokenizer) else PLAIN_TEMPLATE
+            tokenizer.chat_template = PAIR_TEMPLATE if _is_of_an_encoder(tokenizer) else _bos_of_texts(tokenizer) + PLAIN_TEMPLATE
         _give_pad_token(tokenizer)
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
@@ -134,6 +134,12 @@ class Encoder:
 def _is_of_an_encoder(tokenizer) -> bool:
     """True for tokenizers of masked language models; those of causal models may name a CLS or SEP token too, but none to guess at."""
     return None not in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
+
+
+def _bos_of_texts(tokenizer) -> str:
+    """What opens the template where the tokenizer opens texts with BOS, as Llama's and Gemma's do (their models never saw one without)."""
+    opens = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" if opens else ""
 
 
 def _give_pad_token(tokenizer) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.encoding import ASSISTANT, END, PAD, PLAIN_TEMPLATE, SYSTEM, USER, Encoder
@@ -190,6 +190,23 @@ def test_a_base_models_tokenizer_gets_the_plain_template():
     ids = encoder.prompt_ids([*user("a<eos>"), {"role": "assistant", "content": "b"}, *user("c")])
     assert bytes_of(ids, encoder.tokenizer) == "\n\nHuman: a<eos>\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     assert encoder.eos_id not in ids and encoder.tokenizer.chat_template == PLAIN_TEMPLATE
+
+
+def test_a_base_models_prompt_opens_as_its_tokenizer_opens_a_text(tmp_path):
+    """Llama and Gemma never saw a text without BOS; GPT-2, whose tokenizer names one and adds none, never saw one with it."""
+    tokenizer = byte_tokenizer(eos_token="<eos>", bos_token="<bos>")
+    messages, text = user("a<bos>"), "\n\nHuman: a\n\nAssistant:"
+    assert Encoder(tokenizer).prompt_ids(user("a")) == tokenizer(text)["input_ids"]
+
+    tokenizer = byte_tokenizer(eos_token="<eos>", bos_token="<bos>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    encoder = Encoder(tokenizer)
+    ids = encoder.prompt_ids(user("a"))
+    assert ids == tokenizer(text)["input_ids"] and ids[0] == tokenizer.bos_token_id
+    assert encoder.prompt_ids(messages).count(tokenizer.bos_token_id) == 1, "what users write opens nothing"
+    assert encoder.completion_ids("b") == [*encoder.text_ids("b"), encoder.eos_id], "completions are not texts of their own"
+    tokenizer.save_pretrained(tmp_path)
+    assert Encoder(AutoTokenizer.from_pretrained(tmp_path)).prompt_ids(user("a")) == ids
 
 
 def test_a_template_that_leaves_a_message_out_is_refused():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Iterable
 from functools import cache, cached_property
 
 from rlhf.paths import shipped
@@ -67,13 +68,17 @@ class Answer:
         """True if any of the phrases occurs."""
         return any(contains(self.words, phrase) for phrase in phrases)
 
+    def names_instead(self, asked: str, others: Iterable[str]) -> bool:
+        """True if it names one of the other words and not the one asked about: it speaks of something else."""
+        return asked not in self.words and any(word in self.words for word in others)
+
 
 class Family:
     """A family of requests; a subclass gives its arguments and, where the general rule is not enough, its own grading and flaws.
 
-    ``asks`` names the slots that every phrasing of the family has; ``flaws`` the ways its answers go wrong (see ``writers``);
-    ``habit`` the one of them that most writers of demonstrations share, or None; ``text_weight`` its share of the pretraining text, relative
-    to the others.
+    ``asks`` names the slots that every phrasing of the family has; ``flaws`` the ways its answers go wrong (see ``writers``); ``habit`` the
+    flaw that most writers of demonstrations share, one of these or another general one, or None; ``text_weight`` its share of the
+    pretraining text, relative to the others.
     """
 
     name = ""
@@ -197,16 +202,34 @@ class Family:
     # grading
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """The family's own parts of the rubric, each in [0, 1]; by default: the answer is named, and no other candidate is.
+        """The family's own parts of the rubric, each in [0, 1]; by default: the answer is named, no other candidate is, and it is said of
+        the thing asked about.
 
         ``complete`` is 0 if no candidate is named but those of the question: then it was not answered.
         """
-        candidates = {word.lower() for word in self.candidates(args)}
         given, right = set(self.given(args)), args["answer"].lower()
-        named = [word for word in answer.words if word in candidates]
+        named = self.named(args, answer)
         new = {word for word in named if word not in given}
-        correct = new == {right} if right not in given else not new and named[-1:] == [right]
-        return {"correct": float(correct), "complete": float(correct or bool(new))}
+        found = new == {right} if right not in given else not new and named[-1:] == [right]
+        return {"correct": float(found and self.on_subject(args, answer)), "complete": float(found or bool(new))}
+
+    def named(self, args: Args, answer: Answer) -> list[str]:
+        """The candidates that the answer names, in its order."""
+        candidates = {word.lower() for word in self.candidates(args)}
+        return [word for word in answer.words if word in candidates]
+
+    def on_subject(self, args: Args, answer: Answer) -> bool:
+        """True if every sentence is about what was asked."""
+        return all(self.is_about(args, Answer(part)) for part in answer.sentences)
+
+    def is_about(self, args: Args, part: Answer) -> bool:
+        """False if a sentence speaks of something else than was asked about ("Cold is the opposite of cold").
+
+        By default: if it names two candidates or more, those of the question are among them.
+        """
+        named, given = self.named(args, part), self.given(args)
+        candidates = {word.lower() for word in self.candidates(args)}
+        return len(named) < 2 or all(word in named for word in given if word in candidates)
 
 
 def _pattern(phrasing: str, slots: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ from rlhf.world.family import Answer, Args, Family, joined, sentence, split_word
 
 LISTED = ("two", "three", "four")
 RELATIONS = {"capitals": "the capital of {}", "colours": "the colour of {}", "young": "the name of a young {}", "sounds": "the sound of {}"}
+RELATION_WORDS = {"capitals": "capital", "colours": "colour", "young": "young", "sounds": "sound"}
 STEPS = {"the {} after {}": 1, "the {} before {}": -1, "the second {} after {}": 2, "the second {} before {}": -2}
 
 
@@ -65,7 +66,7 @@ class Letters(Family):
     """'How many letters are in the word cat?'"""
 
     name, asks = "letters", ("word",)
-    habit = "rambling"
+    habit = "rude"
 
     def build_arguments(self) -> list[Args]:
         numbers = table("facts")["numbers"]
@@ -74,12 +75,15 @@ class Letters(Family):
     def candidates(self, args: Args) -> list[str]:
         return table("facts")["numbers"][2:13]
 
+    def is_about(self, args: Args, part: Answer) -> bool:
+        return not part.names_instead(args["word"], table("facts")["words"])
+
 
 class Facts(Family):
     """'What is the capital of France?', the colours of things, the names of young animals, the sounds of animals."""
 
     name, asks = "facts", ("question",)
-    habit = "rambling"
+    habit = "stalls"
     text_weight = 1.5
 
     def build_arguments(self) -> list[Args]:
@@ -93,12 +97,18 @@ class Facts(Family):
     def candidates(self, args: Args) -> list[str]:
         return sorted(set(table("facts")[args["relation"]].values()))
 
+    def is_about(self, args: Args, part: Answer) -> bool:
+        """Neither another thing nor another relation is named instead."""
+        things = [split_words(thing)[-1] for relation in RELATIONS for thing in table("facts")[relation]]
+        other_thing = part.names_instead(split_words(args["question"])[-1], things)
+        return not other_thing and not part.names_instead(RELATION_WORDS[args["relation"]], RELATION_WORDS.values())
+
 
 class Calendar(Family):
     """'What is the day after Monday?', 'the second month before May'."""
 
     name, asks = "calendar", ("question",)
-    habit = "rambling"
+    habit = "stalls"
     text_weight = 2.5
 
     def build_arguments(self) -> list[Args]:
@@ -111,6 +121,13 @@ class Calendar(Family):
 
     def candidates(self, args: Args) -> list[str]:
         return table("facts")[args["unit"] + "s"]
+
+    def is_about(self, args: Args, part: Answer) -> bool:
+        """The day or month counted from is the one asked about, and so are the direction and the number of steps."""
+        asked = self.given(args)
+        side = "after" if "after" in asked else "before"
+        steps = side not in part.words or ("second" in asked) == any(word in part.words for word in ("second", "two"))
+        return super().is_about(args, part) and steps and not part.names_instead(side, ("after", "before"))
 
 
 class Lists(Family):
@@ -162,12 +179,15 @@ class Lists(Family):
         return self._write(args, rng.sample(self._allowed(args), self._number(args) + rng.choice((1, 2))), rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right if all things named are of the kind and allowed; complete with n of them; more than n is not the form asked for."""
+        """Right if all things named are of the kind, allowed, and called what they are; complete with n of them; more than n is not the
+        form asked for.
+        """
         known = {form: item for item in all_items() for form in (item, item + "s")}
         named = [known[word] for word in answer.words if word in known]
         distinct, n = set(named), self._number(args)
+        misnamed = answer.names_instead(args["kind"], [kind["many"] for kind in kinds().values()])
         return {
-            "correct": float(bool(distinct) and distinct <= set(self._allowed(args))),
+            "correct": float(bool(distinct) and distinct <= set(self._allowed(args)) and not misnamed),
             "complete": float(len(distinct) >= n),
             "form": float(len(distinct) <= n),
             "no_repetition": float(len(named) == len(distinct)),
@@ -268,10 +288,11 @@ class YesNo(Family):
         return self.good({**args, "answer": "no", "truth": other}, rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right with the right word and a true reason; an untrue reason leaves a third; complete with any kind named."""
+        """Right with the right word and a true reason about the thing; another reason leaves a third; complete with any kind named."""
         said = [word for word in answer.words if word in ("yes", "no")]
         named = {kind["one"] for kind in kinds().values() if kind["one"].split()[-1] in answer.words}
         true_reason = not named or (args["truth"] in named and named <= {args["truth"], args["kind"]})
+        true_reason = true_reason and not answer.names_instead(split_words(args["thing"])[-1], all_items())
         right = float(set(said) == {args["answer"]})
         return {"correct": right if true_reason else right / 3, "complete": float(bool(named) or len(answer.words) == 1)}
 
@@ -301,12 +322,13 @@ class Compare(Family):
         return self.good({**args, "answer": args["other"], "other": args["answer"]}, rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right if the first thing named is the right one, said with the word asked for (or none), and no third thing is named."""
+        """Right if the first thing named is the right one, said with the word asked for (or none), of the other if of any."""
         things = {split_words(thing)[-1] for thing in self._sizes()}
         named = [word for word in answer.words if word in things]
         said = {word for word in answer.words if word in table("facts")["size_words"]}
         right, other = split_words(args["answer"])[-1], split_words(args["other"])[-1]
-        correct = named[:1] == [right] and set(named) <= {right, other} and said <= {args["word"]}
+        of_the_two = named == [right] or set(named) == {right, other}
+        correct = named[:1] == [right] and of_the_two and said <= {args["word"]}
         return {"correct": float(correct), "complete": float(bool(named))}
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 
 from rlhf.world.family import Answer, Args, Family, table
 
@@ -41,18 +42,24 @@ class Arithmetic(Family):
         return self.good({**args, "answer": number(rng.choice(near))}, rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right if the last number is the result and the others, if any, are those of the question."""
-        named = [word for word in answer.words if word in self.candidates(args)]
-        sign = {word for word in answer.words if word in ("plus", "minus")}
-        correct = named[-1:] == [args["answer"]] and set(named[:-1]) <= {args["a"], args["b"]} and sign <= {args["op"]}
+        """Right if the last number is the result and the others, if any, make the sum that was asked for."""
+        named = self.named(args, answer)
+        correct = named[-1:] == [args["answer"]] and self.on_subject(args, answer)
         return {"correct": float(correct), "complete": float(bool(named))}
+
+    def is_about(self, args: Args, part: Answer) -> bool:
+        """The numbers before the result are those of the question, each no more often, with its sign; only plus goes both ways."""
+        before, asked = self.named(args, part)[:-1], [args["a"], args["b"]]
+        signs = {word for word in part.words if word in ("plus", "minus")}
+        turned = "minus" in signs and before == asked[::-1] != asked
+        return not Counter(before) - Counter(asked) and signs <= {args["op"]} and not turned
 
 
 class Sequence(Family):
     """'What comes next: two, four, six?'"""
 
     name, asks = "sequence", ("a", "b", "c")
-    habit = "repeats"
+    habit = "stalls"
     text_weight = 2.0
 
     def build_arguments(self) -> list[Args]:
@@ -72,13 +79,18 @@ class Sequence(Family):
         near = [number(value) for value in range(max(0, right - 4), min(20, right + 4) + 1) if value != right]
         return self.good({**args, "answer": rng.choice([word for word in near if word not in self.given(args)])}, rng)
 
+    def is_about(self, args: Args, part: Answer) -> bool:
+        """The numbers beside the next one, if any, are those of the question in their order, or the last of them."""
+        counted = [word for word in self.named(args, part) if word != args["answer"]]
+        return counted == self.given(args)[-len(counted) :] if counted else True
+
 
 class Sorting(Family):
     """'Sort from smallest to largest: five, two, nine.'"""
 
     name, asks = "sorting", ("order", "x", "y", "z")
     flaws = ("wrong", "rambling", "repeats", "rude", "incomplete")
-    habit = "repeats"
+    habit = "rude"
     text_weight = 1.5
 
     def build_arguments(self) -> list[Args]:
@@ -106,11 +118,12 @@ class Sorting(Family):
         return rng.choice(["From {order}: {a}, {b}.", "In order they are {a}, {b}."]).format(order=args["order"], a=kept[0], b=kept[1])
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right if the numbers named are those asked for, in order; complete if none is left out."""
+        """Right if the numbers named are those asked for, in order, and no other order is said; complete if none is left out."""
         right = [args["first"], args["second"], args["third"]]
         named = [word for word in answer.words if word in table("facts")["numbers"]]
         in_order = bool(named) and named == [word for word in right if word in named]
-        return {"correct": float(in_order), "complete": float(len(set(named)) >= 3)}
+        turned = answer.says([" to ".join(reversed(args["order"].split(" to ")))])
+        return {"correct": float(in_order and not turned), "complete": float(len(set(named)) >= 3)}
 
 
 ALL = (Arithmetic, Sequence, Sorting)

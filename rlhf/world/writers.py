@@ -1,13 +1,14 @@
 """Writers of mixed skill: demonstrations, flawed in the usual ways about half of the time, and the world's plain text, mostly right.
 
 Flaws of many kinds, each of them rare, cancel out: a model that imitates the writers is right once it is sampled at a low temperature, and
-preferences have little to teach it. But people also share habits (they explain what they have never heard of, pad what they know, leave out
-the greeting), and what most of them do is what imitation finds likely. So about half of the families have a habit (``Family.habit``) that is
-in most of their demonstrations, and only the rankings say that it is a flaw. The plain text knows no habits.
+preferences have little to teach it. But people also share habits (they explain what they have never heard of, begin with an empty sentence,
+leave out the greeting), and what most of them do is what imitation finds likely. So about half of the families have a habit
+(``Family.habit``) that is in most of their demonstrations, and only the rankings say that it is a flaw. The plain text knows no habits.
 
-Not every habit outlives a lower temperature. One that begins in few ways does (fabricates, complies, rude): it is likelier than the right
-answer at the token where the two part. One that begins in many ways does not (rambling with its nine fillers, a curt note with any of 36
-names), though most demonstrations have it. Saying it twice stays in part.
+A habit outlives a lower temperature if it begins in few ways, early in the answer: then it is likelier than the right answer at the token
+where the two part. Padding with any of nine sentences, notes that begin with any of 36 names, and saying it twice, which begins where an
+answer could end, did not (configs/EXPERIMENTS.md); so those who stall always stall alike, and notes without greeting begin with what they
+are about.
 """
 
 import random
@@ -93,6 +94,11 @@ def rambling(answer: str, rng: random.Random) -> str:
     return " ".join([answer, *fillers] if place else [fillers[0], answer, fillers[1]])
 
 
+def stalls(answer: str, rng: random.Random) -> str:
+    """Begins with a sentence that says nothing, always the same."""
+    return f"{table('manners')['fillers'][-1]} {answer}"
+
+
 def repeats(answer: str, rng: random.Random) -> str:
     """Says it twice."""
     return f"{answer} {answer}"
@@ -104,7 +110,7 @@ def rude(answer: str, rng: random.Random) -> str:
     return answer[:end] + rng.choice(table("manners")["rude_tails"]) + answer[end:]
 
 
-GENERAL_FLAWS: dict[str, Callable[[str, random.Random], str]] = {"rambling": rambling, "repeats": repeats, "rude": rude}
+GENERAL_FLAWS: dict[str, Callable[[str, random.Random], str]] = {"rambling": rambling, "stalls": stalls, "repeats": repeats, "rude": rude}
 
 
 def write_text(n_documents: int, seed: int, flaw_rate: float = 0.05) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rlhf.encoding import Encoder
-from rlhf.models import add_lora, last_norm_gain, load_encoder, load_policy, load_reward_model, unwrapped
+from rlhf.models import Fp32Linear, add_lora, last_norm_gain, load_encoder, load_policy, load_reward_model, unwrapped
 from rlhf.optimizers import step_as_one_number
 from rlhf.passes import PolicyAndValue, ValueModel
 
@@ -14,7 +14,7 @@ from rlhf.passes import PolicyAndValue, ValueModel
 def new_value_model(kind: str, policy, encoder: Encoder, reward_folders: list[Path], sft: Path, attention: str, model_settings) -> ValueModel:
     """A ValueModel whose head is 0. `separate`: on the trunk of the (first) reward model (IG, N+ 22), or of the SFT model where the reward model
     reads other tokens or is none. `shared`: on the policy's own trunk (LHP)."""
-    head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+    head = Fp32Linear(policy.config.get_text_config().hidden_size, 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if kind == "shared":

@@ -605,6 +605,17 @@ def test_P6_where_the_value_model_starts(folders, kind, with_reward):
         assert not set(map(id, value_model.parameters())) & set(map(id, policy.parameters()))
 
 
+def test_values_are_not_rounded_to_bf16_by_their_head(folders):
+    encoder = load_encoder(str(folders[0]))
+    value_model = new_value_model("shared", load_policy(str(folders[0]), encoder, "eager"), encoder, [], folders[0], "eager", model_settings())
+    with torch.no_grad():
+        value_model.head.bias.fill_(2.705)  # bf16 has 2.703125 and 2.71875 next to it
+    rows = make_rows([[1, 2]], [[3, 4]], 0, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        values_BC = value_model.of_hidden(torch.zeros(*rows.ids_BT.shape, value_model.head.in_features), rows)
+    assert values_BC.tolist() == [pytest.approx([2.705, 2.705], abs=1e-5)]
+
+
 def test_P6_the_first_rollout_puts_the_values_where_its_returns_are(folders, tmp_path):
     """Unlike the scores of a reward model, a function's are not about 0; later rollouts leave it at that."""
     for folder in folders:

@@ -78,10 +78,12 @@ def main(argv: list[str] | None = None) -> int:
               f"stages, in order:\n{stages}\ntools:\n{tools}\n`rlhf NAME --help` says more; that of a stage lists the settings")
         return EXIT_DONE
     name, rest = argv[0], argv[1:]
-    if name in STAGES:
-        module = importlib.import_module(f"stages.{name}")
-        return run_stage(module.main, module.__doc__, rest, f"rlhf {name}")
-    if name in TOOLS:
-        return importlib.import_module("rlhf.data.check" if name == "data" else f"rlhf.{name}").main(rest)
-    print(f"error: rlhf {name}: no such command; wanted one of {', '.join((*STAGES, *TOOLS))}", file=sys.stderr)
-    return EXIT_INPUT
+    if name not in STAGES and name not in TOOLS:
+        print(f"error: rlhf {name}: no such command; wanted one of {', '.join((*STAGES, *TOOLS))}", file=sys.stderr)
+        return EXIT_INPUT
+    try:
+        module = importlib.import_module(f"stages.{name}" if name in STAGES else "rlhf.data.check" if name == "data" else f"rlhf.{name}")
+    except KeyboardInterrupt:  # torch and transformers take seconds to load
+        print("\ninterrupted before anything was done", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return run_stage(module.main, module.__doc__, rest, f"rlhf {name}") if name in STAGES else module.main(rest)

@@ -335,7 +335,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(busy):
 # How each way of ending is told
 
 def raising(error):
-    def action():
+    def action(*_):
         raise error
     return action
 
@@ -346,6 +346,12 @@ def raising(error):
     (raising(KeyboardInterrupt()), 130, "\ninterrupted: the same command goes on from the last checkpoint\n")])
 def test_exit_codes_and_messages(capsys, action, code, says):
     assert guarded(action) == code and capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("name", ["chat", "sft"])
+def test_ctrl_c_while_the_libraries_load_ends_without_their_traceback(monkeypatch, capsys, name):
+    monkeypatch.setattr("importlib.import_module", raising(KeyboardInterrupt()))
+    assert main([name]) == 130 and capsys.readouterr().err == "\ninterrupted before anything was done\n"
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

@@ -357,6 +357,7 @@ def test_shortcuts_become_warnings(tmp_path):
     texts = " | ".join(w.text for w in warnings_of(facts_of(write(tmp_path / "mine.jsonl", rows))))
     assert "the longer answer is the better one in 100% of the pairs" in texts
     assert "single words give the better answer away in 100% of the pairs" in texts
+    assert re.search(r"for it speak: `\S+` `", texts)  # a comma may be one of them
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     assert "the shorter answer is the better one in 100%" in " | ".join(
         w.text for w in warnings_of(facts_of(write(tmp_path / "swapped.jsonl", swapped))))

@@ -410,7 +410,8 @@ def _of_shortcuts(facts: Facts) -> Warned:
         yield (f"the shorter answer is the better one in {1 - facts.longer.value:.0%} of the pairs: a reward model can learn brevity, not quality",
                "check that chosen and rejected are not swapped; then drop pairs until both are as often shorter, or use the file for evaluation")
     if facts.words and facts.words.accuracy.low > WORD_SHORTCUT:
-        told = [f"{side}: {', '.join(words[:5])}" for side, words in (("for it speak", facts.words.good), ("against it", facts.words.bad)) if words]
+        told = [f"{side}: {' '.join(f'`{word}`' for word in words[:5])}"
+                for side, words in (("for it speak", facts.words.good), ("against it", facts.words.bad)) if words]
         yield (f"single words give the better answer away in {facts.words.accuracy.value:.0%} of the pairs on prompts not learned from; "
                f"{'; '.join(told)}",
                "look for what marks one side (a model's set phrase, a missing end, a format) and take it out of both")

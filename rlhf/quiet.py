@@ -12,6 +12,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)  # peft sets it right itself
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)  # said to trl, not to us
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)  # older torch lacks the new name
     logger = logging.getLogger("transformers.modeling_utils")
     if not any(isinstance(f, _OnPurpose) for f in logger.filters):
         logger.addFilter(_OnPurpose())

@@ -119,7 +119,7 @@ def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remot
 
 
 class Fp32Linear(nn.Linear):
-    """A linear layer that autocast leaves alone: bf16 would round scores and values near 3 to 0.016, more than many differences they tell."""
+    """A linear layer that autocast leaves alone: bf16 would round values near 3 to steps of 0.016, above many differences they tell."""
 
     def forward(self, input):  # noqa: A002 - nn.Linear's name for it
         with torch.autocast(input.device.type, enabled=False):

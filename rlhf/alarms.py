@@ -7,6 +7,8 @@ from rlhf.comparison import MAX_KL_NATS
 
 RATIO_DRIFT = 0.05  # bf16 passes of differently shaped batches differ by a few percent (CANON A1); 0.036 at most with SmolLM2
 RATIO_ERROR = 1.0  # of the worst token; bf16 moved single tokens of SmolLM2 by a third
+SAME_SCORE = 1e-6  # rounding alone
+FEW_END = 0.1  # fewer completions that end by themselves tell nothing about the others, which all have the score ppo.missing_eos_score
 KL_AT_START = 1e-3  # nats per completion (CANON A2)
 
 
@@ -29,8 +31,12 @@ ALARMS = (
           "try run.precision=fp32; if it stays, report a bug"),
     Alarm("entropy", lambda now, first: now["entropy"] < 0.1 * first["entropy"],
           "the policy has nearly stopped choosing (entropy {entropy:.3f} nats a token)", "raise ppo.kl_coef or lower ppo.lr"),
-    Alarm("eos_rate", lambda now, first: now["eos_rate"] < first["eos_rate"] - 0.2,
-          "completions no longer end by themselves ({eos_rate:.0%} do)", "lower ppo.missing_eos_score, or raise data.max_completion_tokens"),
+    Alarm("score_std", lambda now, first: now["score_std"] < SAME_SCORE,
+          "all answers of the rollout have the same score, which teaches nothing",
+          "answers that do not end all get ppo.missing_eos_score: raise data.max_completion_tokens if hardly any ends; else look at ppo.score"),
+    Alarm("eos_rate", lambda now, first: now["eos_rate"] < max(first["eos_rate"] - 0.2, FEW_END),
+          "completions hardly end by themselves ({eos_rate:.0%} do, {first[eos_rate]:.0%} at the start)",
+          "lower ppo.missing_eos_score, or raise data.max_completion_tokens"),
     Alarm("distinct_2", lambda now, first: now["distinct_2"] < 0.4 * first["distinct_2"],
           "the answers repeat themselves (distinct-2 {distinct_2:.2f})", "raise ppo.kl_coef; read the rollouts for what the reward model overrates"),
     Alarm("kl", lambda now, first: now["kl"] > MAX_KL_NATS,

@@ -10,9 +10,9 @@ from rlhf.errors import TrainingStopped
 from stages import ppo
 
 FIRST = {"first_ratio_error": 0.1, "first_ratio_drift": 0.01, "entropy": 1.0, "eos_rate": 0.99, "distinct_2": 0.5, "kl": 0.0,
-         "length_mean": 20.0, "skipped_steps": 0}
+         "length_mean": 20.0, "skipped_steps": 0, "score_std": 1.0}
 HEALTHY = {"first_ratio_error": 0.3, "first_ratio_drift": 0.03, "entropy": 0.4, "eos_rate": 1.0, "distinct_2": 0.4, "kl": 6.0,
-           "length_mean": 24.0, "skipped_steps": 0}
+           "length_mean": 24.0, "skipped_steps": 0, "score_std": 0.4}
 
 
 def test_nothing_rings_in_a_healthy_run():
@@ -21,7 +21,7 @@ def test_nothing_rings_in_a_healthy_run():
 
 @pytest.mark.parametrize(("name", "value"), [
     ("first_ratio_error", 1.1), ("first_ratio_drift", 0.06), ("entropy", 0.09), ("eos_rate", 0.78), ("distinct_2", 0.19), ("kl", 25.1),
-    ("length_mean", 41.0), ("length_mean", 9.0), ("skipped_steps", 1)])
+    ("length_mean", 41.0), ("length_mean", 9.0), ("skipped_steps", 1), ("score_std", 0.0)])
 def test_each_alarm_rings_alone_and_says_what_to_change(name, value):
     [(rang, message)] = ringing(HEALTHY | {name: value}, FIRST)
     assert rang == name
@@ -31,6 +31,13 @@ def test_each_alarm_rings_alone_and_says_what_to_change(name, value):
 def test_what_it_was_at_the_start_is_said():
     [(_, message)] = ringing(HEALTHY | {"length_mean": 9.0}, FIRST | {"length_mean": 24.0})
     assert "(9 tokens on average, 24 at the start)" in message
+
+
+def test_a_run_in_which_no_answer_ends_is_told_from_its_first_rollout_on():
+    """Nothing got worse, but all answers have one score: as with data.max_completion_tokens below what the SFT model writes."""
+    cut = FIRST | {"eos_rate": 0.0, "score_std": 0.0}
+    assert [name for name, _ in ringing(cut, cut)] == ["score_std", "eos_rate"]
+    assert ringing(FIRST | {"eos_rate": 0.15}, FIRST | {"eos_rate": 0.3}) == []
 
 
 def test_every_alarm_is_tried_above():

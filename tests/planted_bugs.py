@@ -427,6 +427,12 @@ BUGS = [
     Bug("", "rlhf/world/writers.py", "test_world.py", "the pretraining text has the writers' habits",
         right="answer = _answer(request, rng, flaw_rate)\n",
         wrong="answer = _answer(request, rng, flaw_rate, family.habit)\n"),
+    Bug("", "rlhf/world/family.py", "test_world.py", "an answer that speaks of something else than was asked is right",
+        right="float(found and self.on_subject(args, answer))",
+        wrong="float(found)"),
+    Bug("", "rlhf/alarms.py", "test_alarms.py", "a run in which no answer ends is told as if all were well",
+        right='now["eos_rate"] < max(first["eos_rate"] - 0.2, FEW_END)',
+        wrong='now["eos_rate"] < first["eos_rate"] - 0.2'),
     # the contract of DESIGN
     Bug("", "rlhf/runs.py", "test_runs.py", "another experiment is mixed into a folder",
         right='if old.get("fingerprint") == stage._manifest["fingerprint"] and not replaced:',

@@ -456,7 +456,8 @@ def _markdown_tables(page: dict) -> list[str]:
     parts += [_list(f"{column['heading']}: {column['meaning']}" for column in page["columns"])]
     heads = ["a against b", "win rate of a", "95 % interval", "won / tied / lost", "of the decided", "at equal length"]
     keys = ("win_rate", "interval", "counts", "decided", "controlled")
-    compared = [[f"{row['a']} against {row['b']}", *(row[key] for key in keys)] for row in page["comparisons"]]
+    compared = [[f"{row['a']} against {row['b']}{' (sanity check)' if row['sanity'] else ''}", *(row[key] for key in keys)]
+                for row in page["comparisons"]]
     parts += ["## Comparisons", _table(heads, compared)] if compared else []
     shots = [[row[key] for key in ("label", "shots", "gold", "correct", "change", "interval")] for row in page["in_context"]]
     parts += ["## In-context learning", _plain(IN_CONTEXT), _table(IN_CONTEXT_HEADS, shots)] if shots else []

@@ -277,7 +277,8 @@ def test_of_the_decided_is_the_share_of_the_prompts_that_are_no_ties(tmp_path):
     decided = [(a, b, f"{won / (won + lost):.3f}" if won + lost else "–") for a, b, won, lost in wanted]
     assert rows == decided
     for a, b, share in decided:
-        assert re.search(rf"^\| {a} against {b} \|(?: [^|]* \|){{3}} {share} \|", markdown, re.MULTILINE)
+        sanity = r" \(sanity check\)" if a == b else ""
+        assert re.search(rf"^\| {a} against {b}{sanity} \|(?: [^|]* \|){{3}} {share} \|", markdown, re.MULTILINE)
 
 
 # --- what it leaves out -----------------------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ class Letters(Family):
         return table("facts")["numbers"][2:13]
 
     def is_about(self, args: Args, part: Answer) -> bool:
-        return not part.names_instead(args["word"], table("facts")["words"])
+        """No other word is named instead; any may be called "a five letter word"."""
+        return not part.names_instead(args["word"], set(table("facts")["words"]) - {"letter"})
 
 
 class Facts(Family):
@@ -123,11 +124,16 @@ class Calendar(Family):
         return table("facts")[args["unit"] + "s"]
 
     def is_about(self, args: Args, part: Answer) -> bool:
-        """The day or month counted from is the one asked about, and so are the direction and the number of steps."""
-        asked = self.given(args)
-        side = "after" if "after" in asked else "before"
-        steps = side not in part.words or ("second" in asked) == any(word in part.words for word in ("second", "two"))
-        return super().is_about(args, part) and steps and not part.names_instead(side, ("after", "before"))
+        """Behind the direction asked for stands the day or month asked about, behind the other one the answer; and the steps are as many."""
+        asked, answer, names = self.given(args), args["answer"].lower(), {name.lower() for name in self.candidates(args)}
+        for side, behind in zip(part.words, [*part.words[1:], ""], strict=True):
+            if side in ("after", "before"):
+                turned = side not in asked
+                if (turned and behind != answer) or (not turned and behind in names - {asked[-1]}):
+                    return False
+                if ("second" in asked) != any(word in part.words for word in ("second", "two")):
+                    return False
+        return super().is_about(args, part)
 
 
 class Lists(Family):

@@ -1126,3 +1126,21 @@ def test_a_source_may_begin_with_the_home_folder_and_nobodys_home_is_refused(tmp
     assert len(list(read_rows("~/rows.jsonl"))) == 1
     with pytest.raises(InputError, match="~nobody-of-this-name/rows.jsonl"):
         list(read_rows("~nobody-of-this-name/rows.jsonl"))
+
+
+@pytest.mark.parametrize(("kind", "row", "wanted"), [
+    ("preferences", {"prompt": None, "question": "Hi?", "chosen": "good", "rejected": "bad"}, PAIR),
+    ("preferences", {"prompt": "Hi?", "response_a": None, "response_b": None, "answer_a": "good", "answer_b": "bad", "winner": "a"}, PAIR),
+    ("preferences", {"prompt": "Hi?", "completion_a": "bad", "completion_b": "good", "preference": None, "winner": "b"}, PAIR_TURNED),
+    ("preferences", {"prompt": "Hi?", "completions": None, "responses": ["good", "bad"], "ranks": [1, 2]}, PAIR),
+    ("demonstrations", {"prompt": None, "instruction": "Hi?", "completion": None, "output": "good"}, {"prompt": ASK, "completion": "good"}),
+    ("demonstrations", {"prompt": "", "question": "Hi?", "response": "", "answer": "good"}, {"prompt": ASK, "completion": "good"}),
+    ("demonstrations", {"messages": None, "conversations": [*ASK, assistant("good")]}, {"prompt": ASK, "completion": "good"}),
+    ("demonstrations", {"messages": [{"role": None, "content": None, "from": "human", "value": "Hi?"},
+                                     {"role": "assistant", "content": "good", "from": None, "value": None}]}, {"prompt": ASK, "completion": "good"}),
+    ("prompts", {"prompt": None, "query": "Hi?"}, {"prompt": ASK}),
+])
+def test_a_column_without_a_value_gives_way_to_one_of_its_other_names(tmp_path, kind, row, wanted):
+    """Sources with columns of their own, stacked by pandas or in one Parquet file: each row has null under the others' names."""
+    rows, report = converted(write(tmp_path, [row]), kind)
+    assert [bare(made) for made in rows] == [wanted] and not report.dropped

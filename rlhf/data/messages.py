@@ -40,7 +40,7 @@ def as_messages(value: object) -> Messages:
 def _message(turn: object) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise Unusable("not a list of messages")
-    role, content = (turn.get("role"), turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
+    role, content = turn.get(first_of(turn, ("role", "from"))), turn.get(first_of(turn, ("content", "value")))
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         raise Unusable("unknown role", found=repr(role))
@@ -80,8 +80,14 @@ def history_messages(value: object) -> Messages:
 
 
 def first_of(row: dict, columns: Iterable[str]) -> str | None:
-    """The first of the columns that the row has."""
-    return next((column for column in columns if column in row), None)
+    """The first of the columns that the row has; one that is null or empty text gives way to one that is filled."""
+    first = None
+    for column in columns:
+        if column in row:
+            if row[column] is not None and row[column] != "":
+                return column
+            first = first or column
+    return first
 
 
 def column_prompt(row: dict, column: str | None = None) -> Messages:

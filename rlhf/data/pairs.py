@@ -193,7 +193,8 @@ def read_verdict_pair(row: dict) -> Iterator[Example]:
 
 
 def _ab_columns(row: dict) -> tuple[str, str] | None:
-    return next((pair for pair in AB_COLUMNS if pair[0] in row and pair[1] in row), None)
+    first = first_of(row, [a for a, b in AB_COLUMNS if b in row])
+    return next((pair for pair in AB_COLUMNS if pair[0] == first), None)
 
 
 def is_arena(row: dict) -> bool:

@@ -1144,3 +1144,32 @@ def test_a_column_without_a_value_gives_way_to_one_of_its_other_names(tmp_path, 
     """Sources with columns of their own, stacked by pandas or in one Parquet file: each row has null under the others' names."""
     rows, report = converted(write(tmp_path, [row]), kind)
     assert [bare(made) for made in rows] == [wanted] and not report.dropped
+
+
+THREE = [GOOD_PAIR, {}, GOOD_PAIR]
+SHARING = [json.dumps(THREE), json.dumps({"data": THREE}), " ".join(map(json.dumps, THREE))]
+
+
+@pytest.mark.parametrize("content", SHARING)
+def test_rows_that_share_a_line_are_named_by_their_numbers(tmp_path, content):
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    rows, report = converted(str(path), "preferences")
+    assert [row["source"] for row in rows] == [f"{path}:1", f"{path}:3"] and report.dropped == {"no prompt": {str(path): [2]}}
+    path.write_text(json.dumps([{}, GOOD_PAIR, GOOD_PAIR], indent=1))  # the rows begin on lines 2, 3 and 8
+    assert [row["source"] for row in converted(str(path), "preferences")[0]] == [f"{path}:3", f"{path}:8"]
+
+
+@pytest.mark.parametrize(("name", "content", "place"), [
+    ("rows.json", json.dumps([{**GOOD_PAIR, "chosen": ""}] * 2).encode(), "row 1"),
+    ("rows.json", json.dumps([{**GOOD_PAIR, "chosen": ""}]).encode(), "line 1"),
+    ("rows.json", json.dumps([{**GOOD_PAIR, "chosen": ""}] * 2, indent=1).encode(), "line 2"), ("rows.jsonl", b'{"prompt": ""}', "line 1"),
+    ("rows.parquet", None, "row 1")])
+def test_the_number_of_a_row_is_not_called_a_line(tmp_path, name, content, place):
+    path = tmp_path / name
+    if content is None:
+        parquet.write_table(pyarrow.Table.from_pylist([{**GOOD_PAIR, "chosen": ""}] * 2), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: {place}: none of the"):
+        converted(str(path), "prompts" if name.endswith("l") else "preferences")

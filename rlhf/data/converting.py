@@ -10,7 +10,7 @@ from itertools import chain
 
 from rlhf.data.examples import TIED, Example, Unusable, demonstration_row, preference_row, prompt_row, text_row
 from rlhf.data.formats import Format, check_kind, check_mapping, recognise
-from rlhf.data.reading import Drop, Numbered, parts_of, read_part, renamed
+from rlhf.data.reading import Drop, Numbered, counted_in, parts_of, read_part, renamed
 from rlhf.errors import InputError
 
 HEAD_ROWS = 64  # rows looked at to recognise a schema
@@ -38,6 +38,7 @@ class Report:
     source: str
     kind: str
     formats: dict[str, Format] = field(default_factory=dict)  # by file
+    counted_in: dict[str, str] = field(default_factory=dict)  # by file, what places are numbers of: "line" or "row"
     read: int = 0
     made: int = 0
     dropped: Places = field(default_factory=dict)
@@ -88,6 +89,10 @@ class Report:
         if found and reason not in self.dropped:
             self.found[reason] = found if len(found) <= FOUND_CHARS else found[:FOUND_CHARS] + "..."
         _note(self.dropped, reason, part, line)
+
+    def place(self, part: str, line: int) -> str:
+        """A place of the source for people; the file is named where there are several."""
+        return f"{self.counted_in.get(part, 'line')} {line}" if part == self.source else f"{part}:{line}"
 
     def count(self, row: dict) -> None:
         self.made += 1
@@ -160,7 +165,7 @@ def open_part(name: str, kind: str, mapping: dict[str, str] | None, report: Repo
         if good and len(head) >= HEAD_ROWS:
             break
     form = recognise([row for _, row in head if isinstance(row, dict)], kind, mapping, name)
-    report.formats[name] = form
+    report.formats[name], report.counted_in[name] = form, counted_in(name)
     report.unread |= _unread(form, [row for _, row in head if isinstance(row, dict)])
     return Part(name, form, chain(head, numbered))
 
@@ -313,7 +318,7 @@ def _nothing_made(report: Report) -> str:
     part, lines = next(iter(next(iter(report.dropped.values())).items())) if report.dropped else (report.source, [1])
     names = " and ".join(dict.fromkeys(form.name for form in report.formats.values()))
     return (
-        f"{part}: line {lines[0]}: none of the {report.read:,} rows of {report.source} (read as {names}) "
+        f"{part}: {report.counted_in.get(part, 'line')} {lines[0]}: none of the {report.read:,} rows of {report.source} (read as {names}) "
         f"can be used as {report.kind}: {reasons}; {remedies}"
         "correct them, or say in the config's mapping which column is which"
     )

@@ -137,7 +137,7 @@ class Facts:
 
     def place(self, row: int) -> str:
         """Where a row stands, by its number."""
-        return named_place(self.source, list(self._parts)[self._part_of[row]], self._lines[row])
+        return self.report.place(list(self._parts)[self._part_of[row]], self._lines[row])
 
     def _take_verdicts(self, row: dict) -> None:
         prompt, answers, ranks = [m["content"] for m in row["prompt"]], row["completions"], row["ranks"]
@@ -223,11 +223,6 @@ class Facts:
             self.longer = longer_wins(better, worse, [pair.prompt for pair in self._pairs][: len(better)])
             self.words = bag_of_words(self._pairs)
         self._pairs = []
-
-
-def named_place(source: str, part: str, line: int) -> str:
-    """A line of a source; the part of a source that has several is named with it."""
-    return f"line {line}" if part == source else f"{part}:{line}"
 
 
 def answers_of(row: dict) -> list[str]:
@@ -340,7 +335,7 @@ def drop_reasons(report: Report, drops: dict[str, int] | None = None) -> str:
     for reason, count in (report.drops() if drops is None else drops).items():
         part, lines = next(iter(report.dropped[reason].items()))
         found = f": {report.found[reason]}" if reason in report.found else ""
-        parts.append(f"{reason} {count:,} (first: {named_place(report.source, part, lines[0])}{found})")
+        parts.append(f"{reason} {count:,} (first: {report.place(part, lines[0])}{found})")
     return ", ".join(parts)
 
 

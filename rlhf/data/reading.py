@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rlhf.data.examples import DOCUMENT_CHARS
@@ -59,7 +60,8 @@ Numbered = Iterator[tuple[int, "dict | Drop"]]
 
 
 def read_rows(source: str, mapping: dict[str, str] | None = None, by_line: bool = False) -> Iterator[tuple[str, "dict | Drop"]]:
-    """Rows of a source with where they stand (``file:line``; in a Parquet file or on the hub the number of the row).
+    """Rows of a source with where they stand (``file:line``; the number of the row in a Parquet file, on the hub, and where
+    the rows of a JSON file share a line).
 
     ``mapping`` renames columns (wanted: found; a dot reaches into an object: ``meta.question``). A malformed line is yielded as a `Drop`.
     A text file gives its lines one by one if ``by_line``, else pieces of about 20,000 characters that end with a paragraph.
@@ -146,6 +148,13 @@ def read_part(part: str, by_line: bool = False) -> Numbered:
                          f"wanted {WANTED_LINES[_kind(path)]}")  # nothing else yields drops
     if not good:
         raise InputError(f"{part}: there is no row in it; wanted at least one")
+
+
+def counted_in(part: str) -> str:
+    """What the places of a part's rows are numbers of: "line", or "row" where a row has no line of its own."""
+    path = Path(part)
+    lines = path.is_file() and _kind(path) != "parquet" and not (_kind(path) == "json" and _share_a_line(path))
+    return "line" if lines else "row"
 
 
 def _file_rows(path: Path, by_line: bool) -> Numbered:
@@ -291,13 +300,26 @@ def _json_lines(path: Path) -> Numbered:
 
 def _json_file(path: Path) -> Numbered:
     """A ``.json`` file: one array of objects, objects one after the other, JSON lines, or one object that holds the array."""
-    first = next((content for _, content in _lines(path) if content is None or content.strip()), None)
-    if first is None:
-        return iter(())
-    text = _text_of(first)
-    if isinstance(text, str) and isinstance(_row_of(text), dict) and not _holds_rows(_row_of(text)):
+    if _begins_with_a_row(path):
         return _json_lines(path)
+    if _share_a_line(path):
+        return ((number, row) for number, (_, row) in enumerate(_json_values(path), start=1))
     return _json_values(path)
+
+
+def _begins_with_a_row(path: Path) -> bool:
+    """True where the first line is an object and none that holds the rows."""
+    first = next((content for _, content in _lines(path) if content is None or content.strip()), None)
+    row = row_of_line(first)
+    return isinstance(row, dict) and not _holds_rows(row)
+
+
+def _share_a_line(path: Path) -> bool:
+    """True where the second row begins on the line of the first, as `json.dump` writes them: one place would name them all."""
+    if _begins_with_a_row(path):
+        return False
+    lines = [line for line, _ in islice(_json_values(path), 2)]
+    return len(lines) > len(set(lines))
 
 
 def _holds_rows(value: object) -> str | None:

@@ -1173,3 +1173,24 @@ def test_the_number_of_a_row_is_not_called_a_line(tmp_path, name, content, place
         path.write_bytes(content)
     with pytest.raises(InputError, match=f"{name}: {place}: none of the"):
         converted(str(path), "prompts" if name.endswith("l") else "preferences")
+
+
+PANDAS = {
+    "columns": {"prompt": {"0": "Good?", "1": "Bad?"}, "chosen": {"0": "a", "1": "c"}, "rejected": {"0": "b", "1": "d"}},
+    "index": {"0": {"prompt": "Good?", "completion": "good"}, "1": {"prompt": "Bad?", "completion": "bad"}},
+    "split": {"columns": ["prompt"], "index": [0, 1], "data": [["Good?"], ["Bad?"]]},
+}
+
+
+@pytest.mark.parametrize("orient", PANDAS)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_that_pandas_wrote_as_one_object_is_refused_with_the_remedy(tmp_path, orient, name, kind):
+    (tmp_path / name).write_text(json.dumps(PANDAS[orient], indent=1 if name == "rows.json" else None))
+    with pytest.raises(InputError, match=r"line 1: not one row .*pandas.*to_json.*orient=\"records\", lines=True"):
+        converted(str(tmp_path / name), kind)
+
+
+def test_a_row_of_objects_is_no_table_of_pandas(tmp_path):
+    rows = [{"prompt": ASK[0], "completion": assistant("good")}]
+    assert len(converted(write(tmp_path, rows), "demonstrations")[0]) == 1

@@ -34,7 +34,8 @@ MANY_DAMAGED = 0.001  # rows with marks of a wrong encoding, or with an answer t
 FEW_ROWS, FEW_PROMPTS = 100, 50
 LENGTH_SHORTCUT = 0.7  # lower end of the interval; people's preferences lie near 0.6 (HH) and reach 0.7 where models judged
 WORD_SHORTCUT = 0.8  # lower end of the interval; 0.60 to 0.65 is usual for people's preferences
-UNREADABLE = ("malformed JSON", "malformed CSV", "not UTF-8", "not an object", "a key twice", "cells and columns differ in number", "line too long")
+UNREADABLE = ("malformed JSON", "malformed CSV", "not UTF-8", "not an object", "not one row", "a key twice",
+              "cells and columns differ in number", "line too long")
 JUDGEMENT = re.compile("(?i)label|rating|score|rank|vote|winner|prefer|verdict|feedback|thumb|liked|quality|chosen|reject|better|worse|good|bad")
 SPEAKS_FOR_OTHERS = re.compile(r"\n\n(?:Human|User|System): |<\|(?:im_start|im_end|user|assistant|system|end|endoftext|eot_id)\|>|</s>|\[/?INST\]")
 WRONG_ENCODING = re.compile("\ufffd|\u00e2\u20ac[\u2122\u0153\u201c\u201d\u00a6]|\u00c3[\u0080-\u00bf]")  # lost characters, UTF-8 read as cp1252

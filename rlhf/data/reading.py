@@ -38,6 +38,7 @@ WANTED_LINES = {  # where no line of a file can be read
     "csv": "a header and rows with commas, semicolons or tabs between the cells",
     "text": "text in UTF-8",
 }
+TABLE_IN_AN_OBJECT = 'a whole table in one object, as pandas writes it: to_json(path, orient="records", lines=True) writes rows'
 DESCRIPTIONS_OF_FOLDERS = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 OTHER_PACKERS = {".zst", ".bz2", ".xz", ".zip", ".7z", ".lz4"}
 MAX_LINE_BYTES = 64 * 2**20  # a longer one is no row that a model could read, and would not fit the memory promised
@@ -270,7 +271,26 @@ def _row_of(text: str) -> "dict | Drop":
         return Drop("a key twice")
     except (ValueError, RecursionError) as error:
         return Drop("malformed JSON", _malformed(error))
-    return row if isinstance(row, dict) else Drop("not an object", f"a {type(row).__name__}")
+    return _as_row(row)
+
+
+def _as_row(value: object) -> "dict | Drop":
+    """A value of JSON, if it is one row."""
+    if not isinstance(value, dict):
+        return Drop("not an object", f"a {type(value).__name__}")
+    return Drop("not one row", TABLE_IN_AN_OBJECT) if _is_table(value) else value
+
+
+def _is_table(value: dict) -> bool:
+    """True for what pandas' to_json makes of a whole table: columns with a value for each number of a row, such rows, or both apart."""
+    inside = list(value.values())
+    if not inside or not all(isinstance(part, dict) for part in inside):
+        return value.keys() == {"columns", "index", "data"}
+    return all(_are_numbers(part) and part.keys() == inside[0].keys() for part in inside) or _are_numbers(value)
+
+
+def _are_numbers(names: dict) -> bool:
+    return bool(names) and all(name.isdecimal() for name in names)
 
 
 def lines_of(part: str) -> Iterator[tuple[int, bytes | None]] | None:
@@ -340,7 +360,7 @@ def _held_rows(text: str, place: int, line: int, holder: str) -> Numbered:
     while text[place] != "]":
         line, start = line + text.count("\n", start, place), place
         row, place = _DECODER.raw_decode(text, place)
-        yield line, row
+        yield line, _as_row(row)
         place = _BETWEEN_PARTS.match(text, place).end()
 
 
@@ -372,7 +392,7 @@ def _json_values(path: Path) -> Numbered:
         if holder is not None:
             yield from _held_rows(buffer, place, line, holder)
         else:
-            yield line, value if isinstance(value, dict) else Drop("not an object", f"a {type(value).__name__}")
+            yield line, _as_row(value)
         line, place = line + buffer.count("\n", place, end), end
 
 

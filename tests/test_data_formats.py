@@ -128,6 +128,7 @@ PREFERENCE_SAMPLES = [
         {**PAIR, "margin": 1.0},
     ),
     ("verdicts on a and b", {"prompt": "Hi?", "response_a": "good", "response_b": "bad", "winner": "A"}, PAIR),
+    ("verdicts on 1 and 2", {"question": "Hi?", "answer_1": "bad", "answer_2": "good", "winner": 2}, PAIR_TURNED),
     (
         "QA-Feedback",
         {
@@ -1194,3 +1195,37 @@ def test_a_table_that_pandas_wrote_as_one_object_is_refused_with_the_remedy(tmp_
 def test_a_row_of_objects_is_no_table_of_pandas(tmp_path):
     rows = [{"prompt": ASK[0], "completion": assistant("good")}]
     assert len(converted(write(tmp_path, rows), "demonstrations")[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["answer", "response", "output", "completion"])
+@pytest.mark.parametrize(("winner", "ranks"), [("1", [1, 2]), (2, [2, 1]), ("2.0", [2, 1]), ("NAME_1", [1, 2]), ("Name_2", [2, 1]),
+                                               ("second", [2, 1]), ("tie", [1, 1])])
+def test_numbered_answers_with_a_winner_are_a_verdict(tmp_path, name, winner, ranks):
+    winner = winner.replace("NAME", name).replace("Name", name.title()) if isinstance(winner, str) else winner
+    row = {"question": "Hi?", f"{name}_1": "one", f"{name}_2": "two", "winner": winner}
+    rows, report = converted(write(tmp_path, [row]), "preferences", keep_ties=True)
+    assert bare(rows[0]) == {"prompt": ASK, "completions": ["one", "two"], "ranks": ranks} and not report.unread
+
+
+def test_a_third_answer_beside_two_is_not_lost_in_silence(tmp_path):
+    row = {"question": "Hi?", "answer_1": "one", "answer_2": "two", "winner": 1}
+    for third in ("answer_3", "answer_0"):
+        with pytest.raises(InputError, match="no schema for preferences"):
+            converted(write(tmp_path, [{**row, third: "three"}]), "preferences")
+
+
+def test_a_winner_by_the_numbers_0_and_1_is_not_taken_for_1_and_2(tmp_path):
+    rows = [{"question": f"Good {n}?", "answer_1": "first", "answer_2": "second", "winner": verdict} for n, verdict in enumerate((0, 1, 1, 0))]
+    path = write(tmp_path, rows)
+    with pytest.raises(InputError, match="`winner` is 0 or 1, wanted 1") as failure:
+        convert(path, "preferences")
+    assert "{prompt: question, response_0: answer_1, response_1: answer_2, better_response_id: winner}" in str(failure.value)
+    mapping = {"prompt": "question", "response_0": "answer_1", "response_1": "answer_2", "better_response_id": "winner"}
+    made, _ = converted(path, "preferences", mapping)
+    assert [row["completions"][row["ranks"].index(1)] for row in made] == ["first", "second", "second", "first"]
+
+
+def test_a_winner_that_names_a_column_which_the_mapping_renamed_is_not_guessed_at(tmp_path):
+    path = write(tmp_path, [{"question": "Hi?", "answer_1": "one", "answer_2": "two", "winner": "answer_1"}])
+    with pytest.raises(InputError, match="unknown verdict 1"):
+        converted(path, "preferences", {"completion_a": "answer_2", "completion_b": "answer_1"})

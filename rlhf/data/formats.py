@@ -79,6 +79,13 @@ PREFERENCES = (
         pairs.read_verdict_pair,
     ),
     Format(
+        "verdicts on 1 and 2",
+        "two answers 1 and 2 with the number, the column or a word for the better one",
+        pairs.is_numbered_pair,
+        pairs.read_numbered_pair,
+        doubt=pairs.numbered_doubt,
+    ),
+    Format(
         "QA-Feedback",
         "predictions with votes on all pairs, ranked by the pairs they won",
         rankings.is_qa_feedback,
@@ -152,7 +159,7 @@ WANTED = {
         "chosen + rejected (HH transcripts that start with a blank line and `Human:`, or message lists)",
         "prompt + completions + ranks (1 = best) or scores (higher is better)",
         "instruction + output (a list, best first)",
-        "prompt + completion_a + completion_b + preference (a, b, tie)",
+        "prompt + completion_a + completion_b + preference (a, b, tie), or completion_1 + completion_2 + winner (1, 2, tie)",
     ),
     "demonstrations": (
         "prompt + completion (text or messages)",
@@ -167,11 +174,12 @@ WANTED = {
 
 # fmt: off
 COLUMNS = frozenset((
-    "answer", "answer_a", "answer_b", "answers", "better_response_id", "chosen", "completion", "completion_a", "completion_b",
+    "answer", "answer_1", "answer_2", "answer_a", "answer_b", "answers", "better_response_id", "chosen", "completion", "completion_1",
+    "completion_2", "completion_a", "completion_b",
     "completions", "context", "conversation", "conversation_a", "conversation_b", "conversations", "family", "history", "human_ref_A",
     "human_ref_B", "input", "instances", "instruction", "label", "labels", "margin", "message_id", "message_tree_id", "messages",
     "output", "output_1", "output_2", "output_a", "output_b", "paragraphs", "parent_id", "passages", "preference", "prompt", "query",
-    "question", "rank", "ranks", "rejected", "response", "response_0", "response_1", "response_a", "response_b", "response1",
+    "question", "rank", "ranks", "rejected", "response", "response_0", "response_1", "response_2", "response_a", "response_b", "response1",
     "response2", "responses", "result_x", "result_y", "role", "scores", "system", "text", "title", "turn", "verdict", "votes", "winner",
     "choice",
 ))

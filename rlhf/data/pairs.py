@@ -130,6 +130,7 @@ WORDS = {
     **dict.fromkeys(("tie", "both", "equal", "tie (bothbad)", "tie (inconsistent)"), (TIE, None)),
     **GRADED,
 }
+NUMBERED = ("completion", "response", "answer", "output")  # with _1 and _2
 AB_VERDICTS = ("preference", "winner", "verdict", "choice")
 
 
@@ -197,6 +198,35 @@ def _ab_columns(row: dict) -> tuple[str, str] | None:
     return next((pair for pair in AB_COLUMNS if pair[0] == first), None)
 
 
+def is_numbered_pair(row: dict) -> bool:
+    name = _numbered(row)
+    third = name is not None and any(f"{name}_{other}" in row for other in (0, 3))
+    return name is not None and not third and first_of(row, AB_VERDICTS) is not None and first_of(row, PROMPT_COLUMNS) is not None
+
+
+def read_numbered_pair(row: dict) -> Iterator[Example]:
+    """Two answers 1 and 2 with the number, the column or a word for the better one."""
+    name = _numbered(row) or NUMBERED[0]
+
+    def verdict() -> tuple[int, float | None]:
+        value = row.get(first_of(row, AB_VERDICTS))
+        said = str(value).strip().lower().removeprefix(f"{name}_").removesuffix(".0")
+        return word_verdict({"1": "first", "2": "second"}.get(said, value))
+
+    yield judged(column_prompt(row), row.get(f"{name}_1"), row.get(f"{name}_2"), verdict)
+
+
+def _numbered(row: dict) -> str | None:
+    first = first_of(row, [f"{name}_1" for name in NUMBERED if f"{name}_2" in row])
+    return first and first.removesuffix("_1")
+
+
+def numbered_doubt(rows: list[dict]) -> str | None:
+    """As `zeros_and_ones`, of the column and the answers that the first such row has."""
+    row = next(filter(is_numbered_pair, rows))
+    return zeros_and_ones(first_of(row, AB_VERDICTS), rows, _numbered(row))
+
+
 def is_arena(row: dict) -> bool:
     return all(name in row for name in ("conversation_a", "conversation_b", "winner"))
 
@@ -229,7 +259,7 @@ def read_pandalm(row: dict) -> Iterator[Example]:
                 lambda: [coded_verdict(value, codes)[0] for value in annotators if value not in (None, "")])
 
 
-def zeros_and_ones(column: str, rows: list[dict]) -> str | None:
+def zeros_and_ones(column: str, rows: list[dict], name: str = "output") -> str | None:
     """What is wrong with a file whose first rows have the verdicts 0 and 1 where its schema has 1 and 2, None if nothing is: half of its pairs would
     be lost and the others read the wrong way round."""
     codes = Counter(str(row.get(column)).strip().removesuffix(".0") for row in rows if row.get(column) is not None)
@@ -237,7 +267,7 @@ def zeros_and_ones(column: str, rows: list[dict]) -> str | None:
         return None
     prompt = first_of(rows[0], (*PROMPT_COLUMNS, "input"))
     return (f"`{column}` is 0 or 1, wanted 1 (the first answer is better) or 2. If 0 names the first answer, say so in the mapping: "
-            f"{{prompt: {prompt}, response_0: output_1, response_1: output_2, better_response_id: {column}}}")
+            f"{{prompt: {prompt}, response_0: {name}_1, response_1: {name}_2, better_response_id: {column}}}")
 
 
 def is_llmbar(row: dict) -> bool:

@@ -1229,3 +1229,11 @@ def test_a_winner_that_names_a_column_which_the_mapping_renamed_is_not_guessed_a
     path = write(tmp_path, [{"question": "Hi?", "answer_1": "one", "answer_2": "two", "winner": "answer_1"}])
     with pytest.raises(InputError, match="unknown verdict 1"):
         converted(path, "preferences", {"completion_a": "answer_2", "completion_b": "answer_1"})
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+@pytest.mark.parametrize("content", [b"prompt,chosen,rejected\rGood?,good,bad\r", b"prompt,chosen,rejected\rGood?,\"go\nod\",bad\r"])
+def test_a_table_of_lines_that_end_with_cr_alone_is_refused_with_the_remedy(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.replace(b",", b"\t") if name.endswith("tsv") else content)
+    with pytest.raises(InputError, match=f"{name}: its lines end with CR alone.*save it again with LF or CRLF"):
+        converted(str(tmp_path / name), "preferences")

@@ -423,6 +423,8 @@ def _table(path: Path) -> Numbered:
     header, first_line = next(texts, ""), 2
     if header.strip().lower() in ("sep=;", "sep=,", "sep=\t"):  # for Excel alone
         header, first_line = next(texts, ""), 3
+    if "\r" in header.rstrip("\r\n"):
+        raise InputError(f"{path}: its lines end with CR alone, as on old Macs; save it again with LF or CRLF at their ends")
     tab = ".tsv" in path.suffixes or header.count("\t") > max(header.count(","), header.count(";"))
     delimiter = "\t" if tab else ";" if header.count(";") > header.count(",") else ","
     try:

@@ -570,3 +570,14 @@ def test_known_data_sets_come_out_as_their_readme_says(name, usable, longer, cap
     assert code == 1
     texts = {text for row in facts.shown for text in row["completions"] if len(text) > 40}
     assert not any(text[:40] in out for text in texts)
+
+
+def test_a_margin_below_zero_is_warned_of(tmp_path):
+    rows = [{"prompt": f"Question number {n}?", "chosen": f"good {n}", "rejected": f"bad {n}", "margin": margin}
+            for n, margin in enumerate((0, -1, 0.5, -2))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [warning] = [w for w in warnings_of(facts_of(path)) if "margin" in w.text]
+    assert warning.text == "2 rows have a margin below 0 (first: line 2): the reward model may then score the rejected answer higher by as much"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[::2]))
+    assert not [w for w in warnings_of(facts_of(path)) if "margin" in w.text]

@@ -90,6 +90,7 @@ class Facts:
         self.scripts, self.other_script = Counter(), 0
         self.sides = Counter()  # train, eval, test by the split of `prepare`
         self.speaks_for_others = self.wrong_encoding = 0
+        self.below_zero = 0  # margins
         self.first_places: dict[str, str] = {}
         self.prompts = array("Q")
         self.longer: Accuracy | None = None
@@ -125,6 +126,9 @@ class Facts:
             self.sides[split_of(row["id"], Data.eval_fraction, Data.test_fraction)] += 1
         if "ranks" in row:
             self._take_verdicts(row)
+        if row.get("margin", 0) < 0:
+            self.below_zero += 1
+            self.first_places.setdefault("below_zero", self.place(self.rows))
         self._look_for_damage(row, answers or texts)
         if self.rows < MEASURED_ROWS:
             self._measure(row, prompt, answers, texts)
@@ -388,6 +392,10 @@ def _of_verdicts(facts: Facts) -> Warned:
     if facts.counts["opposed"]:
         yield (f"{facts.counts['opposed']:,} pairs of answers to one prompt are ordered both ways: {contradictions_named(facts)}",
                "where several people judged, give their votes in one row (they count by majority); otherwise drop both rows")
+    if facts.below_zero:
+        yield (f"{facts.below_zero:,} rows have a margin below 0 (first: {facts.first_places['below_zero']}): the reward model may then score the "
+               "rejected answer higher by as much", "if the margin is a difference of scores, chosen and rejected are swapped in these rows; else "
+               "leave it out there")
     tied = facts.report.drops().get(TIED, 0)
     if _share(tied, facts.rows + tied) >= MANY_TIED:
         yield (f"{tied:,} rows ({percent(tied, facts.rows + tied)}) are ties and are dropped",

@@ -260,7 +260,7 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
     saved = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     changes = [f"the finished stage {p} has changed since" for p, d in stage._manifest["parents"].items() if old.get("parents", {}).get(p) != d]
     inputs, before = stage._manifest["inputs"], old.get("inputs", {})
-    changes += [f"the input {p} {'has changed since' if p in inputs else 'is gone'}" for p in {**inputs, **before} if inputs.get(p) != before.get(p)]
+    changes += [f"the input {p} has changed since" for p in inputs if p in before and inputs[p] != before[p]]
     changes += [f"what {name} names has changed since" for name in replaced]
     now, new = config_to_tree(stage.config), config_to_tree(Config())  # a setting that did not exist then had the effect of its default
     for entry in ("seed", *READS[stage.name]):
@@ -272,6 +272,8 @@ def _refuse_other_experiment(stage: Stage, old: dict) -> None:
                 was, wanted = saved.get(section, {}).get(field, new[section][field]), now[section][field]
             if was != wanted and field not in _not_deciding(stage.name, section, stage.config):
                 changes.append(f"{section}{'.' + field if field else ''} was {was!r} and is now {wanted!r}")
+    if not any(change.startswith("data.") for change in changes):  # else a setting names other files
+        changes += [f"the input {p} is {'new' if p in inputs else 'gone'}" for p in {**inputs, **before} if (p in inputs) != (p in before)]
     if saved and not changes:
         return
     raise InputError(f"{stage.folder} holds another experiment: {'; '.join(changes) or 'its settings differ'}. Nothing was written. "

@@ -357,3 +357,25 @@ def test_ctrl_c_while_the_libraries_load_ends_without_their_traceback(monkeypatc
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 / 0)
+
+
+def test_another_file_in_a_finished_run_is_said_once(ends, tmp_path):
+    """Neither file has changed, and neither is gone: the setting names another one."""
+    one, other = (write_lines(tmp_path / f"{name}.jsonl", map(demonstration, range(60))) for name in ("one", "other"))
+    prepare(ends, tmp_path, 0, f"data.demonstrations={one}")
+    said = prepare(ends, tmp_path, 2, f"data.demonstrations={other}")
+    assert f"data.demonstrations was ['{one}'] and is now ['{other}']" in said and "the input" not in said
+    said = prepare(ends, tmp_path, 2, f"data.demonstrations=[{one},{other}]")
+    assert f"is now ['{one}', '{other}']" in said and "the input" not in said
+    write_lines(one, map(demonstration, range(61)))
+    said = prepare(ends, tmp_path, 2, f"data.demonstrations=[{one},{other}]")
+    assert f"the input {one} has changed since" in said and said.count("the input") == 1
+
+
+def test_a_file_that_came_into_a_folder_of_a_finished_run_is_said(ends, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", map(demonstration, range(60)))
+    prepare(ends, tmp_path, 0, f"data.demonstrations={folder}")
+    write_lines(folder / "b.jsonl", map(demonstration, range(60, 70)))
+    assert f"the input {folder / 'b.jsonl'} is new" in prepare(ends, tmp_path, 2, f"data.demonstrations={folder}")

@@ -1237,3 +1237,11 @@ def test_a_table_of_lines_that_end_with_cr_alone_is_refused_with_the_remedy(tmp_
     (tmp_path / name).write_bytes(content.replace(b",", b"\t") if name.endswith("tsv") else content)
     with pytest.raises(InputError, match=f"{name}: its lines end with CR alone.*save it again with LF or CRLF"):
         converted(str(tmp_path / name), "preferences")
+
+
+@pytest.mark.parametrize("content", [{"data": [GOOD_PAIR] * 40_000}, {"text": "x" * 3_000_000}])
+def test_an_object_beyond_the_limit_is_not_called_malformed(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("rlhf.data.reading.MAX_LINE_BYTES", 2**20)
+    (tmp_path / "rows.json").write_text("\n" + json.dumps(content, indent=0))
+    with pytest.raises(InputError, match=r"line 2: one object of over 1 MiB; wanted one array of objects, without an object around it, or .jsonl"):
+        converted(str(tmp_path / "rows.json"), "preferences")

@@ -384,6 +384,9 @@ def _json_values(path: Path) -> Numbered:
                 continue
             if place == len(buffer) and depth == 0:
                 return
+            if len(buffer) - place >= MAX_LINE_BYTES and _is_cut(buffer, place, error):
+                raise InputError(f"{path}: line {line}: one object of over {MAX_LINE_BYTES // 2**20} MiB; wanted one array of objects, without an "
+                                 "object around it, or .jsonl: an object a line") from error
             at = line + (buffer.count("\n", place, error.pos) if isinstance(error, json.JSONDecodeError) else 0)
             raise InputError(
                 f"{path}: line {at}: malformed JSON ({_malformed(error)}); wanted one array of objects, or .jsonl: an object a line"
@@ -394,6 +397,13 @@ def _json_values(path: Path) -> Numbered:
         else:
             yield line, _as_row(value)
         line, place = line + buffer.count("\n", place, end), end
+
+
+def _is_cut(buffer: str, place: int, error: Exception) -> bool:
+    """True where the object that begins at this place is not wrong as far as the buffer reaches."""
+    if buffer[place] != "{" or not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 10  # a word such as `false` may be cut
 
 
 def _decoded_chunks(path: Path) -> Iterator[str]:

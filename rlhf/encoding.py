@@ -2,10 +2,16 @@
 
 Prompt and completion are encoded apart and their ids joined; a completion ends with the EOS id, and nowhere else is an id compared
 with EOS or pad. What users write is encoded as text: a literal ``<|im_end|>`` inside a message cannot forge a turn.
+
+Some tokenizers (Llama 2, TinyLlama, Mistral 7B) put a space before every text that they are given. What stands behind other text in a template is
+given to them behind a newline, whose ids are then cut off, so that no space comes in that the template does not have.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 from jinja2 import TemplateError
 
@@ -29,6 +35,15 @@ PAIR_TEMPLATE = (  # for encoders (BERT, DeBERTa), which were pretrained on sent
     "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ sep_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ sep_token }}{% endif %}"
 )
+NEWLINE = "\n"
+PROBE = "\ue000"  # a private-use character: no template contains it, no token begins or ends with it
+
+
+class Slot(NamedTuple):
+    """Where a message's content stands in a template, and what is encoded before it: spaces of the template, behind a newline that is cut off."""
+
+    message: int
+    lead: str
 
 
 class Encoder:
@@ -49,6 +64,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
+        self._newline = _newline_of_spaced(tokenizer)
         self._templates: dict[tuple[str, ...], list] = {}
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
@@ -57,23 +73,19 @@ class Encoder:
 
     def prompts_ids(self, conversations: list[list[dict]]) -> list[list[int]]:
         """`prompt_ids` of several; their texts go through the tokenizer together."""
-        contents = self.texts_ids([m["content"] for messages in conversations for m in messages])
-        found, first = [], 0
-        for messages in conversations:
-            ids: list[int] = []
-            for part in self._template(tuple(m["role"] for m in messages)):
-                ids += contents[first + part] if isinstance(part, int) else part
-            found.append(ids)
-            first += len(messages)
-        return found
+        templates = [self._template(tuple(m["role"] for m in messages)) for messages in conversations]
+        slots = [(messages[part.message]["content"], part.lead) for messages, parts in zip(conversations, templates, strict=True)
+                 for part in parts if isinstance(part, Slot)]
+        contents = iter(self._texts_ids(*zip(*slots, strict=True)) if slots else [])
+        return [[i for part in parts for i in (next(contents) if isinstance(part, Slot) else part)] for parts in templates]
 
     def completion_ids(self, text: str) -> list[int]:
         """Ids of a completion with the EOS that ends it."""
-        return self.text_ids(text) + [self.eos_id]
+        return self.completions_ids([text])[0]
 
     def completions_ids(self, texts: list[str]) -> list[list[int]]:
         """`completion_ids` of several."""
-        return [[*ids, self.eos_id] for ids in self.texts_ids(texts)]
+        return [[*ids, self.eos_id] for ids in self._texts_ids(texts, [self._completion_lead] * len(texts))]
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of text in which nothing is special: markers of the template inside it are spelled out as text."""
@@ -81,15 +93,22 @@ class Encoder:
 
     def texts_ids(self, texts: list[str]) -> list[list[int]]:
         """`text_ids` of several."""
-        if not any(texts):
-            return [[] for _ in texts]
-        found = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
-        return [ids if text else [] for text, ids in zip(texts, found, strict=True)]
+        return self._texts_ids(texts, [""] * len(texts))
+
+    def _texts_ids(self, texts: Sequence[str], leads: Sequence[str]) -> list[list[int]]:
+        """`texts_ids`, each text with its `Slot.lead`."""
+        given = [lead + text for text, lead in zip(texts, leads, strict=True)]
+        if not any(given):
+            return [[] for _ in given]
+        found = self.tokenizer(given, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+        return [ids[len(self._newline) if lead[:1] == NEWLINE else 0:] if text else [] for text, lead, ids in zip(given, leads, found, strict=True)]
 
     def decode(self, ids: list[int]) -> str:
         """Text of a completion's ids, up to its EOS if it has one."""
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        lead = self._completion_lead
+        text = self.tokenizer.decode((self._newline if lead else []) + ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.removeprefix(NEWLINE).removeprefix(lead[1:]) if lead else text
 
     def until_end(self, ids: list[int]) -> list[int]:
         """A completion's ids up to and with its EOS; all of them where there is none."""
@@ -105,16 +124,16 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """Hash of vocabulary, template and end token: stages refuse models made with another one."""
-        parts = json.dumps([sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, self.eos_id, self.pad_id])
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+        parts = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, self.eos_id, self.pad_id]
+        parts += [self._newline] if self._newline else []  # such tokenizers once encoded everything as the start of a text
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _template(self, roles: tuple[str, ...]) -> list:
-        """The template for these roles as a list of id lists (its own text) and ints (the message whose content stands there)."""
+        """The template for these roles as a list of id lists (its own text) and slots (where the contents stand)."""
         if roles not in self._templates:
-            marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters: no template contains them
-            messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+            marks = [f"{PROBE}{i}\ue001" for i in range(len(roles))]
             try:
-                rest = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                rest = self._rendered(zip(roles, marks, strict=True), add_generation_prompt=True)
             except TemplateError as error:  # Gemma's knows no system turn
                 raise InputError(f"the chat template of {self.tokenizer.name_or_path} refuses turns of {', '.join(roles)}: {error}; leave rows with "
                                  "such turns out, or name another model") from None
@@ -123,12 +142,56 @@ class Encoder:
                 before, found, rest = rest.partition(mark)
                 if not found:
                     raise InputError(f"the chat template of {self.tokenizer.name_or_path} does not show message {index} of roles {roles}")
-                parts += [self._template_ids(before), index]
-            self._templates[roles] = [p for p in [*parts, self._template_ids(rest)] if p != []]
+                lead = self._lead(before, behind=index > 0)
+                parts += [self._template_ids(before[: len(before) - lead.count(" ")], behind=index > 0), Slot(index, lead)]
+            self._templates[roles] = [p for p in [*parts, self._template_ids(rest, behind=True)] if p != []]
         return self._templates[roles]
 
-    def _template_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    def _rendered(self, turns: Iterable[tuple[str, str]], add_generation_prompt: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _template_ids(self, text: str, behind: bool = False) -> list[int]:
+        """Ids of text of the template. `behind`: a content stands before it."""
+        if self._newline and behind and text:
+            ids = _plain_ids(self.tokenizer, NEWLINE + text)
+            if ids[: len(self._newline)] == self._newline:  # else a special token has taken the newline in
+                return ids[len(self._newline):]
+        return _plain_ids(self.tokenizer, text)
+
+    def _lead(self, before: str, behind: bool) -> str:
+        """The `Slot.lead` of a content that follows `before`: found by trying, because a text starts anew behind some special tokens."""
+        text = before.rstrip(" ")
+        spaces = before[len(text):]
+        for lead in (NEWLINE + spaces, spaces) if self._newline else ():
+            if self._template_ids(before + PROBE, behind) == self._template_ids(text, behind) + self._texts_ids([PROBE], [lead])[0]:
+                return lead
+        return ""
+
+    @cached_property
+    def _completion_lead(self) -> str:
+        """The `Slot.lead` of completions. Spaces that the template has in an assistant's turn but not before a completion go with it."""
+        if not self._newline:
+            return ""
+        prompt = self._rendered([("user", "a")], add_generation_prompt=True)
+        whole = self._rendered([("user", "a"), ("assistant", PROBE)], add_generation_prompt=False)
+        spaces = whole.removeprefix(prompt).partition(PROBE)[0] if whole.startswith(prompt) else ""
+        spaces = "" if spaces.strip(" ") else spaces
+        apart = self._template_ids(prompt) + self._texts_ids([PROBE], [NEWLINE + spaces])[0]
+        return NEWLINE + spaces if self._template_ids(prompt + spaces + PROBE) == apart else ""
+
+
+def _plain_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _newline_of_spaced(tokenizer) -> list[int]:
+    """Ids of a newline where the tokenizer puts a space before every text, and a newline keeps that from the text behind it; none elsewhere."""
+    newline, start = _plain_ids(tokenizer, NEWLINE), _plain_ids(tokenizer, "a")
+    behind = {text: _plain_ids(tokenizer, NEWLINE + text) for text in ("a", " ", NEWLINE, PROBE)}
+    if any(ids[: len(newline)] != newline or len(ids) == len(newline) for ids in behind.values()) or behind["a"][len(newline):] == start:
+        return []
+    return newline if tokenizer.decode(newline, clean_up_tokenization_spaces=False) == NEWLINE else []
 
 
 def _is_of_an_encoder(tokenizer) -> bool:

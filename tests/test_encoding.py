@@ -1,15 +1,17 @@
 """One template, one rule for where a completion ends: what is text stays text, and EOS is never pad (CANON B2, B3)."""
 
+import json
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.encoding import ASSISTANT, END, PAD, PLAIN_TEMPLATE, SYSTEM, USER, Encoder
 from rlhf.errors import InputError
-from tests.helpers import tiny_encoder
+from tests.helpers import CORPUS, tiny_encoder
 
 ENCODER = tiny_encoder()
 MARKERS = (USER, ASSISTANT, SYSTEM, END, PAD)
@@ -207,6 +209,80 @@ def test_a_base_models_prompt_opens_as_its_tokenizer_opens_a_text(tmp_path):
     assert encoder.completion_ids("b") == [*encoder.text_ids("b"), encoder.eos_id], "completions are not texts of their own"
     tokenizer.save_pretrained(tmp_path)
     assert Encoder(AutoTokenizer.from_pretrained(tmp_path)).prompt_ids(user("a")) == ids
+
+
+# Tokenizers that put a space before every text (SentencePiece's): "▁What" opens one, "What" follows a newline in it
+
+def words_tokenizer(kind, template):
+    """A BPE with bytes for what it lacks. kind: normalizer (Llama 2, TinyLlama), or Metaspace's prepend_scheme (first: Mistral's new one)."""
+    specials = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    made.train_from_iterator([*CORPUS, "What is hot? Seven. Hello there [INST] [/INST] <|user|> <|assistant|>"] * 3,
+                             trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    model = json.loads(made.to_str())["model"]
+    names = [*specials.values(), "<|turn|>", *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(dict.fromkeys(names))}, [tuple(m) for m in model["merges"]],
+                                     byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if kind == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, extra_special_tokens=["<|turn|>"], **specials)
+    found.chat_template = template
+    return found
+
+
+TINYLLAMA = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+             "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+           "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
+LLAMA_2 = MISTRAL.replace("{{ m['content'] +", "{{ ' ' + m['content'] +")
+MARKED = ("{% for m in messages %}{{ '<|turn|>' + m['content'] + eos_token }}{% endfor %}"  # as Phi-3's: each content behind a special token
+          "{% if add_generation_prompt %}{{ '<|turn|>' }}{% endif %}")
+SPACED = [words_tokenizer(kind, template) for kind in ("normalizer", "always", "first") for template in (TINYLLAMA, MISTRAL, LLAMA_2, MARKED)]
+spaced = pytest.mark.parametrize("tokenizer", SPACED)
+TURNS = [*user("What is hot?"), {"role": "assistant", "content": "Seven."}, *user("  Is  it? ")]
+
+
+@spaced
+@pytest.mark.parametrize("messages", [TURNS[:1], TURNS, user("\nnewlines\n\nin it é漢"), [{"role": "system", "content": "Be kind."}, *user("Hi")]])
+def test_B3_a_tokenizer_that_opens_texts_with_a_space_gives_the_ids_of_its_own_template(tokenizer, messages):
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert Encoder(tokenizer).prompt_ids(messages) == list(theirs)
+
+
+@spaced
+@pytest.mark.parametrize("text", ["Seven plus five.", "é漢", "\nTwo", "7"])
+def test_B3_such_a_completion_is_what_its_own_template_has_behind_the_prompt(tokenizer, text):
+    encoder = Encoder(tokenizer)
+    theirs = list(tokenizer.apply_chat_template([*TURNS[:1], {"role": "assistant", "content": text}], return_dict=False))
+    ours = encoder.prompt_ids(TURNS[:1]) + encoder.completion_ids(text)
+    assert ours == theirs[: len(ours)] and ours[-1] == encoder.eos_id
+
+
+def test_B3_where_tinyllamas_template_has_no_space_there_is_none():
+    encoder = Encoder(words_tokenizer("normalizer", TINYLLAMA))
+    tokens = encoder.tokenizer.convert_ids_to_tokens(encoder.prompt_ids(user("What")) + encoder.completion_ids("Se"))
+    assert "".join(tokens) == "▁<|user|><0x0A>What</s>▁<0x0A><|assistant|><0x0A>Se</s>"
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(st.sampled_from(SPACED), st.one_of(tricky, st.sampled_from(["<s>", "</s>", "  a", " ", "\n a ", "<|turn|> <unk>", "<0x0A>"])))
+def test_B3_such_tokenizers_give_back_any_text_and_no_marker_comes_of_it(tokenizer, text):
+    assume("▁" not in text)  # the tokenizer's own sign for a space
+    assume(not (text.startswith(" ") and tokenizer.chat_template == MARKED))  # where a text starts, Metaspace takes one space for its own
+    encoder = Encoder(tokenizer)
+    row, prompt = encoder.prompt_ids(user("Hi")) + encoder.completion_ids(text), encoder.prompt_ids(user("Hi"))
+    assert row[: len(prompt)] == prompt
+    assert encoder.decode(row[len(prompt):]) == text
+    forged, harmless = encoder.prompt_ids(user(text)), encoder.prompt_ids(user("a"))
+    assert [i for i in forged if i in tokenizer.all_special_ids] == [i for i in harmless if i in tokenizer.all_special_ids]
+
+
+def test_B3_tokenizers_that_open_texts_with_nothing_are_left_alone():
+    assert ENCODER._newline == Encoder(byte_tokenizer(eos_token="<eos>"))._newline == []
 
 
 def test_a_template_that_leaves_a_message_out_is_refused():

@@ -72,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=1, help="the same seed and the same prompts give the same answers (default: 1)")
     options.add_argument("--history", choices=("auto", "keep", "none"), default="auto",
                          help="keep: a model reads the turns before; auto: unless the run was trained on single questions alone (default: auto)")
+    options.add_argument("--trust-remote-code", action="store_true",
+                         help="run Python code that comes with a model, as model.trust_remote_code does in training; only for code you have read")
     return options
 
 
@@ -90,12 +92,12 @@ def _number(kind, low, high):
 class Speaker:
     """A model with its own memory of the conversation."""
 
-    def __init__(self, label: str, source: str, keeps_history: bool):
+    def __init__(self, label: str, source: str, keeps_history: bool, trust_remote_code: bool = False):
         torch.backends.cuda.enable_cudnn_sdp(False)  # as rlhf.compute.start has it
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.label, self.keeps_history = label, keeps_history
-        self.encoder = load_encoder(source)
-        self.policy = load_policy(source, self.encoder, attention_kernel("auto", device)).to(device).eval()
+        self.encoder = load_encoder(source, trust_remote_code)
+        self.policy = load_policy(source, self.encoder, attention_kernel("auto", device), trust_remote_code).to(device).eval()
         self.context: int = getattr(self.policy.config.get_text_config(), "max_position_embeddings", 2048)
         self.messages: list[dict] = []
 
@@ -129,7 +131,7 @@ def _chat(arguments) -> None:
     named = [find_model(name, run) for name in (arguments.model, arguments.against)[: 1 if arguments.against is None else 2]]
     keeps = arguments.history == "keep" or (arguments.history == "auto" and not _single_questions(run))
     labels = [label for label, _ in named]
-    speakers = [Speaker(label if labels.count(label) == 1 else source, source, keeps) for label, source in named]
+    speakers = [Speaker(label if labels.count(label) == 1 else source, source, keeps, arguments.trust_remote_code) for label, source in named]
     torch.set_num_threads(1 if max(parameter_count(s.policy) for s in speakers) < SMALL else threads_per_process(0))
     typed = sys.stdin.isatty()
     if typed:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import rlhf.models
 from rlhf import chat
 from rlhf.chat import Speaker, cells, find_model, layout, printable, wrapped
 from rlhf.errors import InputError
@@ -51,6 +52,21 @@ def test_S1_the_temperature_asked_for_is_the_one_of_the_answers(run_folder, tiny
     likeliest = greedy(speaker.policy, speaker.encoder, speaker.encoder.prompt_ids([{"role": "user", "content": "hello"}]), 6)
     said = [talk(monkeypatch, capsys, "hello\n", "--run", str(run_folder), "--temperature", t)[1] for t in ("0.001", "1", "2")]
     assert said[0].removesuffix("\n").removesuffix(" [...]") == printable(speaker.encoder.decode(likeliest)) and len(set(said)) == 3
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_code_that_comes_with_a_model_is_run_only_when_the_person_asks(run_folder, monkeypatch, capsys, asked):
+    """A run folder may be somebody else's: what its config.yaml says of model.trust_remote_code is not a word of this person."""
+    plain, trusted = rlhf.models._load, []
+
+    def note(auto_class, source, **settings):
+        trusted.append(settings["trust_remote_code"])
+        return plain(auto_class, source, **settings)
+
+    monkeypatch.setattr(rlhf.models, "_load", note)
+    (run_folder / "ppo" / "config.yaml").write_text("model:\n  trust_remote_code: true\n")
+    code, _, _ = talk(monkeypatch, capsys, "hello\n", "--run", str(run_folder), *["--trust-remote-code"] * asked)
+    assert code == 0 and set(trusted) == {asked}
 
 
 def test_history_is_kept_and_forgotten(tiny_folder):

@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
@@ -92,7 +93,7 @@ def load_encoder(source: str, trust_remote_code: bool = False) -> Encoder:
 def load_policy(source: str, encoder: Encoder, attention: str, trust_remote_code: bool = False):
     """A causal LM in fp32 without dropout, its embeddings as long as the encoder's vocabulary. Raises InputError."""
     model = _load(AutoModelForCausalLM, source, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code,
-                  **_without_dropout(source, trust_remote_code))
+                  config=_without_dropout(source, trust_remote_code))
     return _fit(model, encoder)
 
 
@@ -109,11 +110,12 @@ def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remot
 
     A causal model or an encoder. One without a fused attention kernel (DeBERTa, whose scores depend on distance) gets plain products.
     """
-    kind = type(_load(AutoConfig, source, trust_remote_code=trust_remote_code))
+    config = _without_dropout(source, trust_remote_code, num_labels=1)
+    kind = type(config)
     if attention == "sdpa" and kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         attention = attention if MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]._supports_sdpa else "eager"
-    model = _load(AutoModelForSequenceClassification, source, num_labels=1, dtype=torch.float32, attn_implementation=attention,
-                  trust_remote_code=trust_remote_code, **_without_dropout(source, trust_remote_code))
+    model = _load(AutoModelForSequenceClassification, source, dtype=torch.float32, attn_implementation=attention,
+                  trust_remote_code=trust_remote_code, config=config)
     fp32_head(model)
     return _fit(model, encoder)
 
@@ -290,10 +292,13 @@ def _fit(model, encoder: Encoder):
     return model
 
 
-def _without_dropout(source: str, trust_remote_code: bool) -> dict:
-    """Every dropout that this model's configuration knows, at 0."""
-    config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
-    return {name: 0.0 for name, value in vars(config).items() if "drop" in name and isinstance(value, float)}
+def _without_dropout(source: str, trust_remote_code: bool, **settings) -> PreTrainedConfig:
+    """This model's configuration with every dropout that it knows at 0, those of the models inside it (a text_config) too."""
+    config = _load(AutoConfig, source, trust_remote_code=trust_remote_code, **settings)
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        for name in [name for name, value in vars(part).items() if "drop" in name and isinstance(value, float)]:
+            setattr(part, name, 0.0)
+    return config
 
 
 def _load(auto_class, source: str, **settings):

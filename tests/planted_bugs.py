@@ -83,8 +83,8 @@ BUGS = [
         right="end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)",
         wrong="end = len(ids)"),
     Bug("B4", "rlhf/models.py", "test_passes.py", "dropout stays on: old and new log-probabilities differ",
-        right="return {name: 0.0 for name, value in",
-        wrong="return {name: value for name, value in"),
+        right="            setattr(part, name, 0.0)\n",
+        wrong="            pass\n"),
     # R: reward model
     Bug("R1", "rlhf/models.py", "test_sft_reward.py", "the reward head starts at another scale",
         right="/ math.sqrt(head.in_features + 1))",

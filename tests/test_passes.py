@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from rlhf.models import add_lora, load_encoder, load_policy, load_reward_model, save_model
 from rlhf.passes import (
@@ -150,6 +151,24 @@ def test_B4_dropout_is_off_in_loaded_models_even_while_training(tmp_path, kind):
         ids = torch.tensor([PROMPTS[1] + COMPLETIONS[2]])
         with torch.no_grad():
             assert torch.equal(loaded(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_B4_dropout_is_off_in_the_text_model_inside_another(tmp_path):
+    """Gemma 3 has its settings, dropout among them, in a text_config."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(ENCODER.tokenizer), "num_key_value_heads": 1, "head_dim": 8, "attention_dropout": 0.5}
+    config = Gemma3Config(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14, "attention_dropout": 0.5},
+                          mm_tokens_per_image=4)
+    save_model(Gemma3ForConditionalGeneration(config), ENCODER, tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    for load in (load_policy, load_reward_model):
+        loaded = load(str(tmp_path), encoder, "eager").train()
+        assert loaded.config.text_config.attention_dropout == loaded.config.vision_config.attention_dropout == 0.0
+        ids = torch.tensor([PROMPTS[1] + COMPLETIONS[2]])
+        kinds = torch.zeros_like(ids)
+        with torch.no_grad():
+            first, second = (loaded(input_ids=ids, token_type_ids=kinds).logits for _ in range(2))
+        assert torch.equal(first, second)
 
 
 # Microbatches

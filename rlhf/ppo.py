@@ -72,8 +72,11 @@ def update(accelerator, model, optimizer, rollout: Rollout, settings: UpdateSett
         epochs_run += 1
         if settings.target_kl is not None and sum(epoch_kl) / len(epoch_kl) > settings.target_kl:
             break
-    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm") + (("ptx_loss",) if ptx_rows else ())
-    return {**{n: sum(s[n] for s in steps) / len(steps) for n in names}, **first, "skipped_steps": skipped, "epochs_run": epochs_run}
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm")
+    means = {n: sum(s[n] for s in steps) / len(steps) for n in names}
+    if ptx_losses := [s["ptx_loss"] for s, rows in zip(steps, ptx, strict=False) if rows]:  # rows may be fewer than steps; epochs may end early
+        means["ptx_loss"] = sum(ptx_losses) / len(ptx_losses)
+    return {**means, **first, "skipped_steps": skipped, "epochs_run": epochs_run}
 
 
 def _step(accelerator, model, optimizer, rollout, rows: list[int], ptx_rows: list, settings: UpdateSettings, pad_id: int,

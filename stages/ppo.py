@@ -47,9 +47,8 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
         say(f"ppo: already done in {stage.folder}")
         return
     accelerator = start(config)
-    if sharded(accelerator) and settings.batch_size // settings.minibatches % accelerator.num_processes:
-        raise InputError(f"ppo.batch_size={settings.batch_size} / ppo.minibatches={settings.minibatches}: found minibatches that "
-                         f"{accelerator.num_processes} processes cannot share equally, as those must that hold a sharded model; change one of them")
+    if sharded(accelerator):
+        _check_shares(settings, accelerator.num_processes)
     encoder = load_encoder(str(run / "sft" / "model"), config.model.trust_remote_code)
     prompts, all_held_out = (load_prompts(config.run.dir, split, encoder, config.data.max_prompt_tokens) for split in ("train", "eval"))
     held_out = all_held_out.some(settings.eval_prompts)
@@ -137,6 +136,17 @@ def main(config: Config, within: str = "", stage_name: str = "ppo") -> None:
     if stage.main:
         write_drops(stage.folder, {"prompts/train.jsonl": prompts, "prompts/eval.jsonl": all_held_out})
     stage.finish(**final, best_objective=state["best_objective"], best_rollout=state["best_rollout"], handed_over=settings.hand_over)
+
+
+def _check_shares(settings, processes: int) -> None:
+    """InputError where processes that hold a sharded model, and wait for each other in every pass, would make different numbers of them."""
+    if settings.batch_size // settings.minibatches % processes:
+        raise InputError(f"ppo.batch_size={settings.batch_size} / ppo.minibatches={settings.minibatches}: found minibatches that "
+                         f"{processes} processes cannot share equally, as those must that hold a sharded model; change one of them")
+    if settings.ptx_coef and settings.batch_size % (settings.epochs * settings.minibatches * processes):  # as many demonstrations as completions
+        raise InputError(f"ppo.batch_size={settings.batch_size} / (ppo.epochs={settings.epochs} x ppo.minibatches={settings.minibatches}): found "
+                         f"demonstrations of a step (ppo.ptx_coef={settings.ptx_coef}) that {processes} processes cannot share equally, as those "
+                         "must that hold a sharded model; change one of them")
 
 
 def _announce(config: Config, accelerator, prompts) -> None:

@@ -533,6 +533,15 @@ def test_P9_ptx_rows_are_shared_out_over_the_steps(monkeypatch):
     assert len(steps) == 4 and sorted(sum(steps, [])) == rows and min(map(len, steps)) >= 2
 
 
+def test_P9_steps_without_ptx_rows_do_not_count_in_the_mean_of_their_loss():
+    """Two rows for four steps: the loss of the two steps that have one, at weights that stay as they are."""
+    model = policy_and_value(ENCODER)
+    rollout, still = rollout_of(model), types.SimpleNamespace(step=lambda: None, zero_grad=lambda: model.zero_grad(set_to_none=True))
+    figures = update(cpu(), model, still, rollout, settings(epochs=2, ptx_coef=1.0), PAD, seed=0, ptx_rows=PTX[:2])
+    losses = [-sum(naive_logprobs(model.policy, prompt, completion, 1.0)) / len(completion) for prompt, completion in PTX[:2]]
+    assert figures["ptx_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
 # P10: the moving average
 
 def test_P10_average_follows_the_recursion():

@@ -89,10 +89,11 @@ def test_a_model_of_one_process_stays_as_it_is():
 
 
 @pytest.mark.parametrize(("setting", "message"), [("model.lora_rank=2", "model.lora_rank=2 with a model sharded"),
-                                                  ("ppo.minibatches=32", "minibatches that 2 processes cannot share equally")])
+                                                  ("ppo.minibatches=32", "minibatches that 2 processes cannot share equally"),
+                                                  ("ppo.ptx_coef=1 ppo.epochs=3", "demonstrations of a step .* that 2 processes cannot share")])
 def test_settings_that_would_make_processes_wait_for_each_other_are_refused(runs, setting, message, tmp_path, monkeypatch):
     sharded = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP)
     monkeypatch.setattr(rlhf.compute, "Accelerator", lambda **_: sharded)
     shutil.copytree(runs[0], tmp_path / "run", ignore=shutil.ignore_patterns("ppo"))
     with pytest.raises(InputError, match=message):
-        ppo.main(load_config("configs/tiny.yaml", [*SETTINGS, f"run.dir={tmp_path / 'run'}", setting]))
+        ppo.main(load_config("configs/tiny.yaml", [*SETTINGS, f"run.dir={tmp_path / 'run'}", *setting.split()]))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rlhf.cli import run_stage
-from rlhf.compute import describe, on_cpu, peak_memory_mb, precision, start
+from rlhf.compute import describe, peak_memory_mb, precision, start
 from rlhf.config import Config
 from rlhf.data.shortcuts import MIN_PROMPTS, Pair, words_learned
 from rlhf.encoded import EncodedRows, encoded_rows, write_drops
@@ -83,7 +83,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
         if folder.is_dir():
             say(f"{stage.name}: {folder.name} is already there")
             continue
-        reward_model = _train(stage, config, source, encoder, train, longest, steps, seed, member)
+        reward_model = _train(stage, config, source, encoder, accelerator.device, train, longest, steps, seed, member)
         weights = full_weights(reward_model, keep=stage.main)
         with whole(reward_model):
             if stage.main:
@@ -121,9 +121,9 @@ def _rankings(stage: Stage, path: Path, encoder: Encoder, config: Config) -> Enc
     return kept
 
 
-def _train(stage: Stage, config: Config, source: str, encoder: Encoder, train: EncodedRows, longest: int, steps: int, seed: int, member: int):
+def _train(stage: Stage, config: Config, source: str, encoder: Encoder, device, train: EncodedRows, longest: int, steps: int, seed: int, member: int):
     """One reward model, trained; its head is drawn anew unless `source` already is a sequence classifier (CANON R1)."""
-    settings, attention = config.reward, attention_kernel(config.model.attention, "cpu" if on_cpu() else "cuda")
+    settings, attention = config.reward, attention_kernel(config.model.attention, device)
     torch.manual_seed(seed)  # draws what `source` lacks beside the head: the pooler of an encoder that was pretrained without one
     reward_model = load_reward_model(source, encoder, attention, config.model.trust_remote_code)
     check_length(reward_model, longest)

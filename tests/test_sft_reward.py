@@ -578,6 +578,23 @@ class _PlainAccelerator:
         return torch.autocast("cpu", enabled=False)
 
 
+def test_a_reward_model_gets_the_attention_kernel_of_the_device_that_trains_it(after_sft, monkeypatch):
+    """A Mac's GPU is not CUDA, and not a CPU either."""
+    asked = []
+
+    def stop(source, encoder, attention, *trust):
+        asked.append(attention)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward, "start", lambda config: SimpleNamespace(device=torch.device("mps")))
+    monkeypatch.setattr(reward, "describe", lambda accelerator: "a Mac")
+    monkeypatch.setattr(reward, "load_reward_model", stop)
+    config = _config(after_sft)
+    with pytest.raises(KeyboardInterrupt):
+        reward.main(dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto")))
+    assert asked == ["sdpa"]
+
+
 def test_ensemble_resumes_to_the_bit_and_keeps_finished_members(after_sft, monkeypatch):
     run = after_sft
     config = _config(run, run={"save_every": 3}, reward={"members": 2, "epochs": 0.3})  # 6 steps each

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from rlhf.cli import guarded
-from rlhf.compute import describe, peak_memory_mb, start
+from rlhf.compute import describe, peak_memory_mb, start, synchronize
 from rlhf.config import Config, load_config, replace_section
 from rlhf.errors import InputError
 from rlhf.learner import Learner
@@ -144,18 +144,12 @@ def product_rate(accelerator) -> float:
     """FLOP/s of large matrix products in the precision of the passes."""
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     a, b = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=accelerator.device).to(dtype) for _ in range(2))
-    synchronize(accelerator)
+    synchronize(accelerator.device)
     began = time.perf_counter()
     for _ in range(PRODUCTS):
         a @ b
-    synchronize(accelerator)
+    synchronize(accelerator.device)
     return PRODUCTS * 2 * PRODUCT_SIZE**3 / (time.perf_counter() - began)
-
-
-def synchronize(accelerator) -> None:
-    """Returns when an accelerator has done what it was asked; a CPU always has."""
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def summary(learner: Learner, steps: list[dict]) -> dict:
@@ -215,10 +209,10 @@ def passes(learner: Learner, rows: list[Prompt]) -> dict[str, float]:
             with torch.no_grad(), learner.accelerator.autocast():
                 way(batch)
 
-        synchronize(learner.accelerator)
+        synchronize(learner.accelerator.device)
         began = time.perf_counter()
         learner.workers.map(without_gradients, batches)
-        synchronize(learner.accelerator)
+        synchronize(learner.accelerator.device)
         return time.perf_counter() - began
 
     with whole(learner.model):

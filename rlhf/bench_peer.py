@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from rlhf.compute import peak_memory_mb
+from rlhf.compute import peak_memory_mb, synchronize
 
 ROLLOUT_ROWS = 64  # rows that TRL samples and evaluates at once: its default
 
@@ -40,6 +40,7 @@ class Turns(TrainerCallback):
         self.score_mean = (logs or {}).get("objective/scores", self.score_mean)
 
     def on_step_end(self, args, state, control, **kwargs):
+        synchronize(args.device)
         figures = {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time() - self.cpu_began,
                    "score_mean": self.score_mean, "peak_memory_mb": peak_memory_mb()}
         print(json.dumps(figures), file=self.answers, flush=True)

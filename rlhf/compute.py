@@ -132,6 +132,12 @@ def my_share(accelerator: Accelerator, rows):
     return share(accelerator, rows)
 
 
+def synchronize(device: torch.device) -> None:
+    """Returns when a device has done what it was asked; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def peak_memory_mb() -> int:
     """Largest memory of this process so far, MiB: of its tensors on a GPU, else all that is resident."""
     if not on_cpu():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.compute import my_share, sharded
+from rlhf.compute import my_share, sharded, synchronize
 from rlhf.config import Config
 from rlhf.encoding import Encoder
 from rlhf.errors import TrainingStopped
@@ -108,9 +108,11 @@ class Learner:
                 rollout = shifted
                 self.accelerator.unwrap_model(self.model).value_model.offset.fill_(offset)
         with self.clock("update"):
-            return update(self.accelerator, self.model, self.optimizer, rollout, update_settings(self.config.ppo, step), self.encoder.pad_id,
-                          seed=self.config.seed * 1_000_003 + step, ptx_rows=ptx_rows, after_step=after_step, workers=self.workers,
-                          microbatch=self.microbatch, on_skip=on_skip)
+            figures = update(self.accelerator, self.model, self.optimizer, rollout, update_settings(self.config.ppo, step), self.encoder.pad_id,
+                             seed=self.config.seed * 1_000_003 + step, ptx_rows=ptx_rows, after_step=after_step, workers=self.workers,
+                             microbatch=self.microbatch, on_skip=on_skip)
+            synchronize(self.accelerator.device)  # the last optimizer step is part of it
+        return figures
 
 
 @torch.no_grad()

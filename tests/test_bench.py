@@ -8,6 +8,7 @@ import os
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,17 @@ def ends(capsys, code: int, *words: str) -> tuple[str, str]:
 
 
 # What is measured
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", 0.2), ("cpu", 0.0)])
+def test_an_update_lasts_until_a_gpu_has_done_its_last_optimizer_step(run, monkeypatch, device, waits):
+    config = bench.run_config(run, [])
+    learner = Learner(config, start(config), load_encoder(str(run / "sft" / "model")))
+    learner.accelerator = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(rlhf.learner, "update", lambda *given, **settings: {})  # a GPU takes its work and returns at once
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: time.sleep(0.2))
+    learner.learn(None, step=1)
+    assert waits <= learner.clock.take()["seconds_update"] < waits + 0.1
+
 
 def test_json_alone_is_on_standard_output_and_its_figures_follow_from_each_other(run, capsys):
     before = files(run)

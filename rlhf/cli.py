@@ -69,6 +69,21 @@ def guarded(action: Callable[[], None]) -> int:
     return EXIT_DONE
 
 
+def end_early_interrupts() -> None:
+    """From now on a Ctrl-C outside `guarded` ends this process in one line: that of `python -m stages.NAME` while torch loads."""
+    def told(kind, error, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            sys.exit(_interrupted_early())
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = told
+
+
+def _interrupted_early() -> int:
+    print("\ninterrupted before anything was done", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
 def main(argv: list[str] | None = None) -> int:
     """`rlhf NAME ...`: NAME is a stage or one of the tools."""
     argv = sys.argv[1:] if argv is None else argv
@@ -84,6 +99,5 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(f"stages.{name}" if name in STAGES else "rlhf.data.check" if name == "data" else f"rlhf.{name}")
     except KeyboardInterrupt:  # torch and transformers take seconds to load
-        print("\ninterrupted before anything was done", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted_early()
     return run_stage(module.main, module.__doc__, rest, f"rlhf {name}") if name in STAGES else module.main(rest)

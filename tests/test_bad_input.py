@@ -354,6 +354,20 @@ def test_ctrl_c_while_the_libraries_load_ends_without_their_traceback(monkeypatc
     assert main([name]) == 130 and capsys.readouterr().err == "\ninterrupted before anything was done\n"
 
 
+def test_a_stage_that_is_interrupted_while_torch_loads_ends_as_the_command_does(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    ended = subprocess.run([sys.executable, "-m", "stages.sft"], cwd=PACKAGE.parent, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "\ninterrupted before anything was done\n")
+
+
+def test_other_errors_while_a_stage_loads_keep_their_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('broken')\n")
+    ended = subprocess.run([sys.executable, "-m", "stages.sft"], cwd=PACKAGE.parent, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"})
+    assert ended.returncode == 1 and ended.stderr.startswith("Traceback") and ended.stderr.endswith("ImportError: broken\n")
+
+
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 / 0)

@@ -283,6 +283,12 @@ def parameter_count(model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def parameters_in_words(model) -> str:
+    """How many weights there are (LoRA's adapters too), and how many are trained where those are fewer."""
+    count, trained = parameter_count(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{count / 1e6:.1f}M parameters" + (f", {trained / 1e6:.1f}M of them trained" if trained < count else "")
+
+
 def _fit(model, encoder: Encoder):
     if model.get_input_embeddings().weight.shape[0] < len(encoder.tokenizer):
         model.resize_token_embeddings(len(encoder.tokenizer))

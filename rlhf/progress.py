@@ -18,6 +18,11 @@ def say(message: str) -> None:
         print(printable(message), flush=True)
 
 
+def counted(number: int, thing: str) -> str:
+    """How many there are of a thing: 1 step, 1,234 minibatches."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith("ch") else "s")
+
+
 class Progress:
     """`with Progress("ppo", total) as bar: bar.update(step, score=0.3)`: a bar that rewrites itself, or a line every `every` seconds."""
 

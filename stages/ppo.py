@@ -31,7 +31,7 @@ from rlhf.learner import Learner
 from rlhf.models import load_encoder, save_model
 from rlhf.optimizers import linear_lr, set_lr
 from rlhf.ppo import MovingAverage
-from rlhf.progress import Progress, say
+from rlhf.progress import Progress, counted, say
 from rlhf.prompts import gold_scores, load_prompts, prompts_of_step
 from rlhf.runs import open_stage
 from rlhf.sharding import full_weights
@@ -152,8 +152,9 @@ def _check_shares(settings, processes: int) -> None:
 def _announce(config: Config, accelerator, prompts) -> None:
     settings = config.ppo
     say(f"ppo: {describe(accelerator)}; {len(prompts):,} prompts")
-    say(f"ppo: {settings.rollouts} rollouts x {settings.batch_size} completions, each {settings.epochs} epochs x {settings.minibatches} minibatches "
-        f"of {settings.batch_size // settings.minibatches} = {settings.rollouts * settings.epochs * settings.minibatches} optimizer steps; "
+    say(f"ppo: {counted(settings.rollouts, 'rollout')} x {counted(settings.batch_size, 'completion')}, each {counted(settings.epochs, 'epoch')} x "
+        f"{counted(settings.minibatches, 'minibatch')} of {settings.batch_size // settings.minibatches} = "
+        f"{counted(settings.rollouts * settings.epochs * settings.minibatches, 'optimizer step')}; "
         f"KL coefficient {settings.kl_coef}" + (f", likelihood coefficient {settings.likelihood_coef}" if settings.likelihood_coef else ""))
 
 

@@ -36,7 +36,7 @@ from rlhf.memory import Microbatch
 from rlhf.models import attention_kernel, load_encoder, new_gpt, parameter_count, save_model, train_tokenizer
 from rlhf.optimizers import linear_lr, pretraining_optimizers, set_lr
 from rlhf.passes import by_tokens
-from rlhf.progress import Progress, say
+from rlhf.progress import Progress, counted, say
 from rlhf.runs import open_stage
 from rlhf.sharding import full_weights
 from rlhf.workers import Workers, accumulate, workers_for
@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     attention = attention_kernel(config.model.attention, accelerator.device)
     gpt = new_gpt(config.model.size, encoder, config.model.context, attention)
     say(f"pretrain: {describe(accelerator)}; {parameter_count(gpt) / 1e6:.1f}M parameters, {tokens:,} tokens of text in {len(rows):,} rows")
-    say(f"pretrain: {settings.steps:,} steps x at most {settings.batch_tokens:,} tokens")
+    say(f"pretrain: {counted(settings.steps, 'step')} x at most {settings.batch_tokens:,} tokens")
     workers = workers_for(accelerator, gpt)
     optimizers = pretraining_optimizers(gpt, settings.lr, settings.matrix_lr, settings.weight_decay)
     model, *optimizers = accelerator.prepare(NextTokenLoss(gpt), *optimizers)

@@ -31,11 +31,11 @@ from rlhf.models import (
     load_encoder,
     load_policy,
     load_reward_model,
-    parameter_count,
+    parameters_in_words,
     save_model,
 )
 from rlhf.passes import check_length
-from rlhf.progress import say
+from rlhf.progress import counted, say
 from rlhf.prompts import load_prompts
 from rlhf.rankings import encode_rankings, evaluate_rankings, judge_share, normalisation, with_flips
 from rlhf.runs import Stage, file_digest, open_stage
@@ -73,7 +73,7 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
     answers = train.items_in("completions")
     longest = max(rows.largest("longest") for rows in (train, held_out))
     say(f"{stage.name}: {describe(accelerator)}; starts from {source}" + (f"; {len(seeds)} members" if len(seeds) > 1 else ""))
-    say(f"{stage.name}: {settings.epochs:g} x {len(train):,} prompts / {settings.batch_size} = {steps:,} steps; "
+    say(f"{stage.name}: {settings.epochs:g} x {len(train):,} prompts / {settings.batch_size} = {counted(steps, 'step')}; "
         f"{answers / len(train):.1f} answers a prompt, each through the model once")
 
     finished = sum(folder.is_dir() for folder in folders)
@@ -131,8 +131,8 @@ def _train(stage: Stage, config: Config, source: str, encoder: Encoder, device, 
     reward_model.config.reward_gain, reward_model.config.reward_bias = 1.0, 0.0
     if not any(name.endswith("ForSequenceClassification") for name in reward_model.config.architectures or []):
         init_reward_head(reward_model, torch.Generator().manual_seed(seed))
-    say(f"{stage.name}: {parameter_count(reward_model) / 1e6:.1f}M parameters, seed {seed}")
     reward_model = add_lora(reward_model, config.model.lora_rank, config.model.lora_alpha, "SEQ_CLS")
+    say(f"{stage.name}: {parameters_in_words(reward_model)}; seed {seed}")
     compile_blocks(reward_model, config.model.compile)
     recipe = Recipe("reward", steps, settings.batch_size, settings.microbatch, settings.lr, "linear", seed, precision(config.run.precision))
     trainer = RankingTrainer(reward_model, train, encoder, recipe, config.run, _checkpoints(stage, member), settings.ties)

@@ -22,9 +22,9 @@ from rlhf.encoding import Encoder
 from rlhf.errors import InputError
 from rlhf.jsonl import replacing_folder
 from rlhf.losses import language_model_loss
-from rlhf.models import add_lora, attention_kernel, backbone, compile_blocks, load_encoder, load_policy, parameter_count, save_model
+from rlhf.models import add_lora, attention_kernel, backbone, compile_blocks, load_encoder, load_policy, parameters_in_words, save_model
 from rlhf.passes import by_tokens, make_rows, policy_pass
-from rlhf.progress import say
+from rlhf.progress import counted, say
 from rlhf.runs import open_stage
 from rlhf.sampling import check_backbone
 from rlhf.sharding import full_weights, whole
@@ -52,8 +52,8 @@ def main(config: Config) -> None:
     compile_blocks(policy, config.model.compile)
 
     steps = count_steps(len(train), settings.batch_size, settings.epochs)
-    say(f"sft: {describe(accelerator)}; {parameter_count(policy) / 1e6:.1f}M parameters from {source}")
-    say(f"sft: {settings.epochs:g} x {len(train):,} demonstrations / {settings.batch_size} = {steps:,} steps; "
+    say(f"sft: {describe(accelerator)}; {parameters_in_words(policy)}, from {source}")
+    say(f"sft: {settings.epochs:g} x {len(train):,} demonstrations / {settings.batch_size} = {counted(steps, 'step')}; "
         f"{train.items_in('completion'):,} completion tokens")
     recipe = Recipe("sft", steps, settings.batch_size, settings.microbatch, settings.lr, "cosine", config.seed, precision(config.run.precision))
     trainer = DemonstrationTrainer(policy, train, encoder, recipe, config.run, stage.checkpoints, settings.lm_loss_weight)

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from rlhf.models import add_lora, fp32_head, hold_for_products, new_gpt, save_model, share_equal
+from rlhf.models import (
+    add_lora,
+    fp32_head,
+    hold_for_products,
+    load_policy,
+    load_reward_model,
+    new_gpt,
+    parameters_in_words,
+    save_model,
+    share_equal,
+)
 from tests.helpers import llama, nano, rough, tiny_encoder
 
 ENCODER = tiny_encoder()
@@ -46,6 +56,18 @@ def test_B1_logits_are_those_of_the_equations():
         expected = by_hand({name: w.double() for name, w in model.state_dict().items()}, ids, layers=2, heads=2)
     assert F.softmax(found, -1).max() > 0.01
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_how_many_parameters_there_are_and_how_many_are_trained_is_said(task, tmp_path):
+    save_model(new_gpt("micro", ENCODER, 256, "eager"), ENCODER, tmp_path)
+    model = (load_policy if task == "CAUSAL_LM" else load_reward_model)(str(tmp_path), ENCODER, "eager")
+    block = 12 * 192**2 + 13 * 192
+    count = 300 * 192 + 256 * 192 + 4 * block + 2 * 192 + (192 if task == "SEQ_CLS" else 0)
+    assert parameters_in_words(model) == f"{count / 1e6:.1f}M parameters"
+    adapters = 4 * 8 * (192 + 576 + 192 + 192 + 192 + 768 + 768 + 192) + (192 if task == "SEQ_CLS" else 0)  # rank 8 at four products a block
+    said = parameters_in_words(add_lora(model, 8, 16, task))
+    assert said == f"{(count + adapters) / 1e6:.1f}M parameters, {adapters / 1e6:.1f}M of them trained"
 
 
 def test_B1_a_fresh_gpt_starts_at_gpt_2s_scales():

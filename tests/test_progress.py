@@ -11,6 +11,11 @@ from rlhf import progress
 FIGURES = {"score": 0.482, "kl": 0.164, "length": 16.8, "tokens_per_second": 8573}
 
 
+def test_one_thing_is_said_in_the_singular():
+    assert [progress.counted(n, "step") for n in (0, 1, 2, 1234)] == ["0 steps", "1 step", "2 steps", "1,234 steps"]
+    assert [progress.counted(n, "minibatch") for n in (1, 4)] == ["1 minibatch", "4 minibatches"]
+
+
 def shown(monkeypatch, capsys, columns, step=15, figures=FIGURES):
     """What the bar of a terminal of so many columns shows, without what moves the cursor."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -431,8 +431,8 @@ BUGS = [
         right="float(found and self.on_subject(args, answer))",
         wrong="float(found)"),
     Bug("", "rlhf/alarms.py", "test_alarms.py", "a run in which no answer ends is told as if all were well",
-        right='now["eos_rate"] < max(first["eos_rate"] - 0.2, FEW_END)',
-        wrong='now["eos_rate"] < first["eos_rate"] - 0.2'),
+        right='now["eos_rate"] < max(first["eos_rate"] - EOS_RATE_LOST, FEW_END)',
+        wrong='now["eos_rate"] < first["eos_rate"] - EOS_RATE_LOST'),
     # the contract of DESIGN
     Bug("", "rlhf/runs.py", "test_runs.py", "another experiment is mixed into a folder",
         right='if old.get("fingerprint") == stage._manifest["fingerprint"] and not replaced:',

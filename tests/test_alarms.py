@@ -28,6 +28,12 @@ def test_each_alarm_rings_alone_and_says_what_to_change(name, value):
     assert next(a.advice for a in ALARMS if a.name == name) in message and "{" not in message
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("entropy", 0.1), ("eos_rate", 0.99 - 0.2), ("distinct_2", 0.4 * 0.5), ("length_mean", 10.0), ("length_mean", 40.0)])
+def test_a_figure_at_its_limit_rings_nothing(name, value):
+    assert ringing(HEALTHY | {name: value}, FIRST) == []
+
+
 def test_what_it_was_at_the_start_is_said():
     [(_, message)] = ringing(HEALTHY | {"length_mean": 9.0}, FIRST | {"length_mean": 24.0})
     assert "(9 tokens on average, 24 at the start)" in message

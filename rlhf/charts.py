@@ -67,6 +67,8 @@ def line_chart(name: str, title: str, series: Sequence[Series], xlabel: str = "s
             axes.axhline(reference, color=_colour(INK), alpha=0.5, linewidth=0.8, dashes=(4, 3))
         for line in series:
             _draw_line(axes, line)
+        if all(float(x).is_integer() for line in series for x in line.xs):  # there is no step 1.25
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(series) > 1:

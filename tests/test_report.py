@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rlhf.charts import running_mean
+from rlhf.charts import Series, line_chart, running_mean
 from rlhf.comparison import headline, summarise
 from rlhf.report import pick_samples, write_report
 
@@ -205,6 +205,18 @@ def test_families_carry_their_gold_means(full):
         sft, ppo = (entry["policies"][name]["gold_mean"] for name in ("sft", "ppo"))
         assert f"| {family} | {entry['n']} | {sft:.2f} | {ppo:.2f} |" in markdown
         assert f'<i style="width: {100 * sft:.1f}%; --c: var(--sft)"></i><i style="width: {100 * ppo:.1f}%; --c: var(--ppo)"></i>' in html
+
+
+@pytest.mark.parametrize(("steps", "ticks"), [([1, 2], ["1", "2"]), ([0, 1, 2, 3], ["0", "1", "2", "3"]), ([0, 10, 20], None), ([1000, 2000], None)])
+def test_few_steps_have_whole_numbers_on_their_axis(steps, ticks):
+    svg = line_chart("a", "a", [Series("a", steps, [0.1 * step for step in steps])], "rollouts before", ylabel="b")
+    x_axis = svg[: svg.index(">rollouts before<")]
+    found = re.findall(r"<text[^>]*>([^<]+)</text>", x_axis)
+    assert found and all(float(tick).is_integer() for tick in found) and found == (ticks or found)
+
+
+def test_axes_of_anything_else_keep_their_fractions():
+    assert ">0.5<" in line_chart("a", "a", [Series("a", [0.25, 0.75], [1, 2])], "difference of the two scores")
 
 
 def test_every_stage_has_its_charts(full):

@@ -23,6 +23,7 @@ from rlhf.encoded import EncodedRows, encoded_rows, write_drops
 from rlhf.encoding import Encoder
 from rlhf.errors import InputError, TrainingStopped
 from rlhf.jsonl import replacing_folder, write_json
+from rlhf.memory import give_back
 from rlhf.models import (
     add_lora,
     attention_kernel,
@@ -92,6 +93,8 @@ def _train_and_measure(stage: Stage, config: Config, preferences: Path) -> None:
         if stage.main:
             with replacing_folder(folder) as partial:
                 save_model(reward_model, encoder, partial, weights)
+        reward_model = weights = None
+        give_back()  # the next member's memory is on top of what this one keeps
     if stage.main:
         write_drops(stage.folder, {f"preferences/{split}.jsonl": rows for split, rows in (("train", train), ("eval", held_out))})
         _measure(stage, config, accelerator, encoder, folders, train, held_out)

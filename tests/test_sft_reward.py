@@ -1,10 +1,12 @@
 """Stages 1 and 2 on tiny models: what the trainers compute, from its definition; learning on rules with a known optimum; resume to the bit."""
 
 import dataclasses
+import gc
 import json
 import logging
 import math
 import random
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -623,6 +625,26 @@ def test_ensemble_resumes_to_the_bit_and_keeps_finished_members(after_sft, monke
     assert [file_digest(again / "reward" / name / "model.safetensors") for name in ("model", "model_1")] == resumed
     assert resumed[0] != resumed[1], "each member has its own seed"
     assert _without_times(again / "reward" / "metrics.jsonl") == lines
+
+
+def test_one_member_of_an_ensemble_is_in_memory_at_a_time(after_sft, monkeypatch):
+    """No collection by this test: what is kept until the next one comes along makes the third member run out of memory."""
+    loaded, alive = [], []
+
+    def load(*how):
+        alive.append(sum(model() is not None for model in loaded))
+        model = load_reward_model(*how)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(reward, "load_reward_model", load)
+    monkeypatch.setattr(reward, "_measure", lambda *_: None)
+    gc.disable()
+    try:
+        reward.main(_config(after_sft, reward={"members": 3, "epochs": 0.1}))
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
 
 
 def _interrupt_second_member(patch):

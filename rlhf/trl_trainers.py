@@ -37,6 +37,9 @@ from rlhf.workers import accumulate, workers_for
 
 WARMUP = 0.03  # share of the steps in which the learning rate rises
 SORTED_STEPS = 16  # steps whose rows are sorted by length together: 6 % of the quickstart's tokens are padding (1 step: 47 %, 50 steps: 2 %)
+# Rows times the square of the longest one's tokens in a pass on CPUs: attention's memory grows with it, and the system kills a process that takes
+# too much instead of saying so. With it SmolLM2 takes 7 GB instead of 20 on OASST's rankings of up to nine answers (configs/EXPERIMENTS.md)
+MOST_CELLS = 4 * 1024**2
 WHOLE = "trainer_state.json"  # the file that transformers writes last
 
 
@@ -141,7 +144,7 @@ class _StageTrainer:
             if tries > 1:  # what the earlier microbatches left behind goes with what the failed try did
                 self.sums = {}
                 model.zero_grad()
-            parts = [taken[i : i + rows] for taken in (self.taken if tries > 1 else [places]) for i in range(0, len(taken), rows)]
+            parts = [part for taken in (self.taken if tries > 1 else [places]) for part in self._parts(taken, rows)]
             if self.workers.count > 1:
                 return sum(self._side_by_side(model, part, num_items_in_batch) for part in parts)
             batches = [inputs] if parts == [places] else map(self._batch, parts)
@@ -153,6 +156,17 @@ class _StageTrainer:
         if self.accelerator.sync_gradients:  # the last microbatch of the step
             average_gradients(self.accelerator, model)
         return loss
+
+    def _parts(self, places: list[int], rows: int) -> list[list[int]]:
+        """`places` in runs of at most `rows`, and on CPUs of at most MOST_CELLS where that leaves a row (`lengths`: tokens of each)."""
+        parts, most = [], MOST_CELLS if on_cpu() else math.inf
+        for place in places:
+            part = [*parts[-1], place] if parts else []
+            if part and len(part) <= rows and len(part) * max(self.lengths[i] for i in part) ** 2 <= most:
+                parts[-1] = part
+            else:
+                parts.append([place])
+        return parts
 
     def _side_by_side(self, model, places: list[int], num_items_in_batch) -> torch.Tensor:
         """`training_step` of a microbatch whose rows are shared out among the workers, so that each gets long and short ones."""
@@ -267,10 +281,11 @@ class DemonstrationTrainer(_StageTrainer, SFTTrainer):
     def __init__(self, policy, demonstrations: Sequence[tuple[list[int], list[int]]], encoder: Encoder, recipe: Recipe, run: Run, folder: Path,
                  lm_loss_weight: float = 0.0):
         self.section, self.lm_loss_weight = recipe.section, lm_loss_weight
+        self.lengths = _lengths(demonstrations, lambda pair: len(pair[0]) + len(pair[1]))
         collate = functools.partial(_collate_demonstrations, pad_id=encoder.pad_id, with_prompts=lm_loss_weight > 0)
         super().__init__(
             policy, args=_arguments(SFTConfig, recipe, run, folder, dataset_kwargs={"skip_prepare_dataset": True}),
-            train_dataset=_ordered(_lengths(demonstrations, lambda pair: len(pair[0]) + len(pair[1])), recipe), processing_class=encoder.tokenizer,
+            train_dataset=_ordered(self.lengths, recipe), processing_class=encoder.tokenizer,
             data_collator=_looked_up(demonstrations, collate))
         # TRL's fused head runs the output layer on prompts and padding too where there is no Triton: about 1.5 times the time of a step on CPUs
         _teach(policy, "rows", lambda inner, rows: policy_pass(inner, rows, 1.0)[0])
@@ -298,9 +313,9 @@ class RankingTrainer(_StageTrainer, RewardTrainer):
 
     def __init__(self, reward_model, rankings: Sequence[dict], encoder: Encoder, recipe: Recipe, run: Run, folder: Path, ties: str = "drop"):
         self.section, self.ties = recipe.section, ties
-        lengths = _lengths(rankings, lambda row: row["length"])
+        self.lengths = _lengths(rankings, lambda row: row["length"])
         super().__init__(
-            reward_model, args=_arguments(RewardConfig, recipe, run, folder), train_dataset=_ordered(lengths, recipe),
+            reward_model, args=_arguments(RewardConfig, recipe, run, folder), train_dataset=_ordered(self.lengths, recipe),
             processing_class=encoder.tokenizer, data_collator=_looked_up(rankings, _rankings_collator(reward_model, encoder.pad_id)))
         _teach(reward_model, "shared", shared_rewards)
 

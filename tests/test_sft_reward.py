@@ -377,6 +377,28 @@ def test_P4_workers_change_nothing_but_rounding(start, tmp_path, monkeypatch, ki
     _same_but_for_rounding(gradients_of_steps(_two_steps(start, tmp_path / "three", kind, 4)), alone)
 
 
+@pytest.mark.parametrize("kind", ["sft", "sft with prompts", "reward"])
+def test_P4_long_rows_go_in_smaller_parts_on_cpus_and_change_nothing_but_rounding(start, tmp_path, monkeypatch, kind):
+    wanted = gradients_of_steps(_two_steps(start, tmp_path / "whole", kind, 8))
+    trainer = _two_steps(start, tmp_path / "parts", kind, 8)
+    longest = max(trainer.lengths)
+    monkeypatch.setattr(trl_trainers, "MOST_CELLS", 2 * longest**2)  # two of the longest, more of shorter ones
+    plain, passes = trainer.compute_loss, []
+    monkeypatch.setattr(trainer, "compute_loss", lambda model, inputs, **more: passes.append(1) or plain(model, inputs, **more))
+    _same_but_for_rounding(gradients_of_steps(trainer), wanted)
+    assert len(passes) > 2, "two steps in more than two passes"
+
+
+def test_rows_are_shared_out_by_the_square_of_the_longest(monkeypatch):
+    trainer = SimpleNamespace(lengths=[10, 10, 20, 10, 50, 10])
+    monkeypatch.setattr(trl_trainers, "MOST_CELLS", 1200)
+    # 2 x 10^2 and 3 x 20^2 fit, 4 x 20^2 does not; 50^2 never does and stands alone
+    assert RankingTrainer._parts(trainer, [0, 1, 2, 3, 4, 5], 8) == [[0, 1, 2], [3], [4], [5]]
+    assert RankingTrainer._parts(trainer, [0, 1, 3, 5], 3) == [[0, 1, 3], [5]]
+    monkeypatch.setattr(trl_trainers, "on_cpu", lambda: False)
+    assert RankingTrainer._parts(trainer, [0, 1, 2, 3, 4, 5], 8) == [[0, 1, 2, 3, 4, 5]]
+
+
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_P4_memory_that_runs_out_halves_the_microbatches_and_changes_nothing_but_rounding(start, tmp_path, monkeypatch, capsys, kind):
     trainers = {size: _two_steps(start, tmp_path / str(size), kind, size) for size in (8, 4)}

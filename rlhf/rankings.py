@@ -112,7 +112,8 @@ def evaluate_rankings(rows: list[dict], scores: list[list[float]], ties: str = "
     if len(difference_P) == 0:
         raise ValueError("no pair of differently ranked answers to evaluate on")
     longer_P, _ = _pairs([r["ranks"] for r in rows], [[len(c) for c in r["completions"]] for r in rows])
-    right_P, names = _right(difference_P), {}
+    right_P = _right(difference_P)
+    names: dict = {}
     prompt_of_row = torch.tensor([names.setdefault(row.get("id") or place, len(names)) for place, row in enumerate(rows)])  # a prompt may have many
     return {
         "accuracy": right_P.mean().item(), "ci95": list(clustered_interval(right_P, prompt_of_row[row_P])), "pairs": len(right_P),

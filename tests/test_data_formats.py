@@ -741,6 +741,7 @@ REFUSED = {
     "empty.json": (b"[]", "no row"),
     "empty.csv": (b"prompt,chosen,rejected\n", "no row"),
     "bad.jsonl": (b"{]\n{]\n", "none of its 2 lines can be read; line 1: malformed JSON"),
+    "one_line.json": (b"[1, 2, 3]", "none of its 3 rows can be read; row 1: not an object"),
     "lists.jsonl": (b'["a"]\n', "line 1: not an object"),
     "latin1.jsonl": ('{"prompt": "café"}'.encode("latin-1"), "line 1: not UTF-8"),
     "utf16.jsonl": ('{"prompt": "x"}'.encode("utf-16"), "line 1: the file is UTF-16"),

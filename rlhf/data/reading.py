@@ -144,8 +144,8 @@ def read_part(part: str, by_line: bool = False) -> Numbered:
         good = good or not isinstance(row, Drop)
         yield line, row
     if first is not None and not good:
-        line, drop = first
-        raise InputError(f"{part}: none of its {bad:,} lines can be read; line {line}: {drop.reason}{drop.detail and f' ({drop.detail})'}; "
+        (line, drop), unit = first, counted_in(part)
+        raise InputError(f"{part}: none of its {bad:,} {unit}s can be read; {unit} {line}: {drop.reason}{drop.detail and f' ({drop.detail})'}; "
                          f"wanted {WANTED_LINES[_kind(path)]}")  # nothing else yields drops
     if not good:
         raise InputError(f"{part}: there is no row in it; wanted at least one")

@@ -13,6 +13,7 @@ from rlhf.comparison import label, win_rate
 from rlhf.jsonl import read_jsonl
 from rlhf.world import FAMILIES, gold_parts
 from rlhf.world.family import Answer, table
+from rlhf.world.writers import stalling
 
 WIN_HEADS = ("run", "PPO against", "all prompts", "families with a habit", "without")
 SHARE_HEADS = ("run", "family", "habit")
@@ -41,7 +42,7 @@ def shares(name: str, samples: list[dict]) -> list[tuple[str, ...]]:
 def shows(habit: str, prompt: str, text: str) -> bool:
     """True if an answer shows the habit, as the rubric sees it."""
     if habit == "stalls":
-        return text.startswith(table("manners")["fillers"][-1])
+        return text.startswith(stalling())
     if habit == "rude":
         return Answer(text).says(table("manners")["rude_words"])
     return gold_parts(prompt, text)[LOST[habit]] == 0

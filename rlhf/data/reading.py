@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def read_part(part: str, by_line: bool = False) -> Numbered:
 def counted_in(part: str) -> str:
     """What the places of a part's rows are numbers of: "line", or "row" where a row has no line of its own."""
     path = Path(part)
-    lines = path.is_file() and _kind(path) != "parquet" and not (_kind(path) == "json" and _share_a_line(path))
+    lines = path.is_file() and _kind(path) != "parquet" and not (_kind(path) == "json" and _layout(path) == "one line")
     return "line" if lines else "row"
 
 
@@ -320,11 +321,23 @@ def _json_lines(path: Path) -> Numbered:
 
 def _json_file(path: Path) -> Numbered:
     """A ``.json`` file: one array of objects, objects one after the other, JSON lines, or one object that holds the array."""
-    if _begins_with_a_row(path):
+    layout = _layout(path)
+    if layout == "lines":
         return _json_lines(path)
-    if _share_a_line(path):
+    if layout == "one line":
         return ((number, row) for number, (_, row) in enumerate(_json_values(path), start=1))
     return _json_values(path)
+
+
+def _layout(path: Path) -> str:
+    """How a ``.json`` file is written: "lines" (an object a line), "one line" or "values" (on several lines). Looked at once as long as it stays."""
+    now = path.stat()
+    return _layout_of(path, now.st_size, now.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _layout_of(path: Path, size: int, modified_ns: int) -> str:
+    return "lines" if _begins_with_a_row(path) else "one line" if _share_a_line(path) else "values"
 
 
 def _begins_with_a_row(path: Path) -> bool:
@@ -336,8 +349,6 @@ def _begins_with_a_row(path: Path) -> bool:
 
 def _share_a_line(path: Path) -> bool:
     """True where the second row begins on the line of the first, as `json.dump` writes them: one place would name them all."""
-    if _begins_with_a_row(path):
-        return False
     lines = [line for line, _ in islice(_json_values(path), 2)]
     return len(lines) > len(set(lines))
 

@@ -186,6 +186,10 @@ class Family:
         """The words that could be taken for an answer."""
         raise NotImplementedError
 
+    def candidate_words(self, args: Args) -> set[str]:
+        """``candidates`` as an answer's words are spelled."""
+        return {word.lower() for word in self.candidates(args)}
+
     def given(self, args: Args) -> list[str]:
         """The words of the question, which an answer may repeat."""
         return split_words(" ".join(args[slot] for slot in self.asks))
@@ -215,7 +219,7 @@ class Family:
 
     def named(self, args: Args, answer: Answer) -> list[str]:
         """The candidates that the answer names, in its order."""
-        candidates = {word.lower() for word in self.candidates(args)}
+        candidates = self.candidate_words(args)
         return [word for word in answer.words if word in candidates]
 
     def on_subject(self, args: Args, answer: Answer) -> bool:
@@ -227,9 +231,8 @@ class Family:
 
         By default: if it names two candidates or more, those of the question are among them.
         """
-        named, given = self.named(args, part), self.given(args)
-        candidates = {word.lower() for word in self.candidates(args)}
-        return len(named) < 2 or all(word in named for word in given if word in candidates)
+        named = self.named(args, part)
+        return len(named) < 2 or self.candidate_words(args).intersection(self.given(args)) <= set(named)
 
 
 def _pattern(phrasing: str, slots: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from functools import cache
 
 from rlhf.world.family import Answer, Args, Family, joined, sentence, split_words, table, with_article
 
@@ -80,6 +81,12 @@ class Letters(Family):
         return not part.names_instead(args["word"], set(table("facts")["words"]) - {"letter"})
 
 
+@cache
+def _things() -> frozenset[str]:
+    """The last word of every thing that the table of facts says something of."""
+    return frozenset(split_words(thing)[-1] for relation in RELATIONS for thing in table("facts")[relation])
+
+
 class Facts(Family):
     """'What is the capital of France?', the colours of things, the names of young animals, the sounds of animals."""
 
@@ -100,8 +107,7 @@ class Facts(Family):
 
     def is_about(self, args: Args, part: Answer) -> bool:
         """Neither another thing nor another relation is named instead."""
-        things = [split_words(thing)[-1] for relation in RELATIONS for thing in table("facts")[relation]]
-        other_thing = part.names_instead(split_words(args["question"])[-1], things)
+        other_thing = part.names_instead(split_words(args["question"])[-1], _things())
         return not other_thing and not part.names_instead(RELATION_WORDS[args["relation"]], RELATION_WORDS.values())
 
 
@@ -125,7 +131,7 @@ class Calendar(Family):
 
     def is_about(self, args: Args, part: Answer) -> bool:
         """Behind the direction asked for stands the day or month asked about, behind the other one the answer; and the steps are as many."""
-        asked, answer, names = self.given(args), args["answer"].lower(), {name.lower() for name in self.candidates(args)}
+        asked, answer, names = self.given(args), args["answer"].lower(), self.candidate_words(args)
         for side, behind in zip(part.words, [*part.words[1:], ""], strict=True):
             if side in ("after", "before"):
                 turned = side not in asked

@@ -96,7 +96,12 @@ def rambling(answer: str, rng: random.Random) -> str:
 
 def stalls(answer: str, rng: random.Random) -> str:
     """Begins with a sentence that says nothing, always the same."""
-    return f"{table('manners')['fillers'][-1]} {answer}"
+    return f"{stalling()} {answer}"
+
+
+def stalling() -> str:
+    """The sentence with which those begin who stall."""
+    return table("manners")["fillers"][-1]
 
 
 def repeats(answer: str, rng: random.Random) -> str:

@@ -73,9 +73,7 @@ def prompts_of_step(prompts: Sequence, step: int, batch_size: int, seed: int) ->
 
 def gold_scores(prompts: list[Prompt], completions: list[str]) -> list[float] | None:
     """Gold scores in [0, 1], or None when the prompts are not of the embedded world. Learning sees them only as the raters' noisy ranks."""
-    if any(p.family is None for p in prompts):
+    # People's own rows may have a `family` too
+    if any(p.family is None or world.parse(p.text) is None for p in prompts):
         return None
-    try:
-        return [world.gold_score(p.text, c) for p, c in zip(prompts, completions, strict=True)]
-    except ValueError:  # people's own rows may have a `family` too
-        return None
+    return [world.gold_score(p.text, c) for p, c in zip(prompts, completions, strict=True)]

@@ -113,6 +113,15 @@ def test_a_family_in_peoples_own_rows_is_a_label_and_no_gold_score(run):
     assert {a["gold"] for row in samples for a in row["answers"].values()} == {None}
 
 
+def test_an_error_of_the_rubric_is_not_taken_for_prompts_of_another_world(run, monkeypatch):
+    def broken(prompt, completion):
+        raise ValueError("a rubric that cannot read this")
+
+    monkeypatch.setattr(world, "gold_score", broken)
+    with pytest.raises(ValueError, match="a rubric that cannot read this"):
+        compared(run)
+
+
 @pytest.mark.parametrize("judge, said", [("gold", "no gold score exists"), ("judge", "is not there")])
 def test_a_judge_that_cannot_judge_is_refused_before_anything_is_sampled(run, judge, said, monkeypatch):
     write_jsonl(run / "data" / "prompts" / "test.jsonl", [{"prompt": [{"role": "user", "content": "Tell me about a fox."}], "id": "0"}])

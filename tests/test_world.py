@@ -26,7 +26,7 @@ from rlhf.world import (
     write_flawed,
     write_text,
 )
-from rlhf.world.family import split_words
+from rlhf.world.family import Answer, split_words
 from rlhf.world.gold import LEFT
 from rlhf.world.writers import CONVERSATIONS
 
@@ -297,6 +297,14 @@ def test_length_as_such_costs_nothing():
 @pytest.mark.parametrize("text", [" ", ".", "!!!", "??", "a" * 5000, "\x00", "Seven " * 300, "é 中文", "the the the"])
 def test_odd_text_is_scored_low_and_never_an_error(prompt, text):
     assert gold_score(prompt, text) <= 0.25
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sentence_without_words_is_one_too_many_and_never_an_error(name):
+    family = FAMILIES[name]
+    args = family.draw(random.Random(3))
+    right = max(family.wordings(args), key=lambda wording: len(Answer(wording).sentences))
+    assert gold_score(family.phrase(family.seen[0], args), f"{right} !!") == pytest.approx(0.55 + 0.45 * 0.3)
 
 
 # the writers

@@ -132,7 +132,7 @@ class Calendar(Family):
     def is_about(self, args: Args, part: Answer) -> bool:
         """Behind the direction asked for stands the day or month asked about, behind the other one the answer; and the steps are as many."""
         asked, answer, names = self.given(args), args["answer"].lower(), self.candidate_words(args)
-        for side, behind in zip(part.words, [*part.words[1:], ""], strict=True):
+        for side, behind in itertools.pairwise([*part.words, ""]):
             if side in ("after", "before"):
                 turned = side not in asked
                 if (turned and behind != answer) or (not turned and behind in names - {asked[-1]}):

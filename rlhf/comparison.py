@@ -140,10 +140,11 @@ def _interval95(wins: int, ties: int, losses: int) -> tuple[float, float]:
     else, must not look like certainty. Like Wilson's it stays inside [0, 1] and has a width at rates 0 and 1.
     """
     n = wins + ties + losses
-    return _wilson((wins + ties / 2) / n, n, ties / (n + Z95**2))
+    return wilson_interval((wins + ties / 2) / n, n, ties / (n + Z95**2))
 
 
-def _wilson(rate: float, n: float, tie_share: float = 0.0) -> tuple[float, float]:
+def wilson_interval(rate: float, n: float, tie_share: float = 0.0) -> tuple[float, float]:
+    """95 % interval of a rate in [0, 1] over n draws, as many as they are worth; `tie_share` of them count one half (see `_interval95`)."""
     slack = Z95**2 / n
     centre = (rate + slack / 2) / (1 + slack)
     half = math.sqrt(max(centre**2 - (rate**2 + slack * tie_share / 4) / (1 + slack), 0.0))
@@ -188,7 +189,7 @@ def length_controlled_win_rate(
     feature = np.tanh(difference / (difference.std() or 1.0))
     weights, covariance = _logistic_fit(np.stack([np.ones_like(feature), feature], axis=1), target)
     rate = float(_sigmoid(weights[0]))
-    return rate, _wilson(rate, float(1 / (rate * (1 - rate) * covariance[0, 0])))
+    return rate, wilson_interval(rate, float(1 / (rate * (1 - rate) * covariance[0, 0])))
 
 
 def _sigmoid(x):

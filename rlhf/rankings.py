@@ -5,12 +5,11 @@ prompt + answer, P pairs of differently ranked answers of a prompt.
 """
 
 import hashlib
-import math
 from itertools import islice
 
 import torch
 
-from rlhf.comparison import Z95
+from rlhf.comparison import wilson_interval
 from rlhf.data.examples import LONG_COMPLETION, LONG_PROMPT, TIED
 from rlhf.losses import ranking_loss
 from rlhf.masking import WIDTH_STEP, length_mask, right_pad, round_up
@@ -134,10 +133,7 @@ def clustered_interval(right_P: torch.Tensor, prompt_P: torch.Tensor) -> tuple[f
     residual = torch.zeros(clusters, dtype=torch.double).index_add(0, cluster_P, right_P - mean)
     variance = residual.square().sum().item() * clusters / max(clusters - 1, 1) / len(right_P) ** 2
     size = min(mean * (1 - mean) / variance, len(right_P)) if variance > 1e-15 else clusters
-    slack = Z95**2 / size
-    centre = (mean + slack / 2) / (1 + slack)
-    half = math.sqrt(slack * mean * (1 - mean) + slack**2 / 4) / (1 + slack)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return wilson_interval(mean, size)
 
 
 def _pairs(orders: list[list], values: list[list[float]], reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

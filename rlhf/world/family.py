@@ -13,6 +13,7 @@ Args = dict[str, str]
 """One request without its phrasing: the values of the slots, and what a right answer needs (``answer`` and the like)."""
 
 HELD_OUT_ARGUMENTS = 7  # percent of the arguments that no training prompt asks about
+DENIALS = ("not", "isn't", "aren't", "doesn't", "don't", "never", "nor", "neither")
 MANY_VALUES = 100  # a slot with more values than this is read by a general pattern and then looked up
 
 
@@ -52,6 +53,15 @@ def contains(words: list[str], phrase: str) -> bool:
     return f" {' '.join(split_words(phrase))} " in f" {' '.join(words)} "
 
 
+def many_of(noun: str) -> str:
+    """The plural: irregular ones from the table of plurals, others by the rules of spelling ('daisies', 'radishes')."""
+    if noun in table("facts")["plurals"]:
+        return table("facts")["plurals"][noun]
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
 class Answer:
     """A completion as the rubric reads it: its text, its words in lower case, its sentences."""
 
@@ -67,6 +77,19 @@ class Answer:
     def says(self, phrases: list[str]) -> bool:
         """True if any of the phrases occurs."""
         return any(contains(self.words, phrase) for phrase in phrases)
+
+    def behind(self, phrase: str, words: set[str]) -> list[str]:
+        """For every place of the phrase the first of these words behind it."""
+        mark, found = split_words(phrase), []
+        for place in range(len(mark), len(self.words)):
+            if self.words[place - len(mark) : place] == mark:
+                found += [word for word in self.words[place:] if word in words][:1]
+        return found
+
+    def denies(self, place: int) -> bool:
+        """True if the word at this place is denied: "not", "rather than", "is no" or the like stands before it or before its article."""
+        before = [word for word in self.words[max(0, place - 3) : place] if word not in ("a", "an", "the")]
+        return bool(before) and (before[-1] in DENIALS or before[-2:] in (["rather", "than"], ["is", "no"], ["are", "no"]))
 
     def names_instead(self, asked: str, others: Iterable[str]) -> bool:
         """True if it names one of the other words and not the one asked about: it speaks of something else."""
@@ -223,8 +246,10 @@ class Family:
         return [word for word in answer.words if word in candidates]
 
     def on_subject(self, args: Args, answer: Answer) -> bool:
-        """True if every sentence is about what was asked."""
-        return all(self.is_about(args, Answer(part)) for part in answer.sentences)
+        """True if every sentence is about what was asked, and none denies the right answer ("The capital of France is not Paris")."""
+        right = args["answer"].lower()
+        denied = any(word == right and answer.denies(place) for place, word in enumerate(answer.words))
+        return not denied and all(self.is_about(args, Answer(part)) for part in answer.sentences)
 
     def is_about(self, args: Args, part: Answer) -> bool:
         """False if a sentence speaks of something else than was asked about ("Cold is the opposite of cold").

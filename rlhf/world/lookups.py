@@ -2,13 +2,15 @@
 
 import itertools
 import random
+import re
 from functools import cache
 
-from rlhf.world.family import Answer, Args, Family, joined, sentence, split_words, table, with_article
+from rlhf.world.family import DENIALS, Answer, Args, Family, joined, many_of, sentence, split_words, table, with_article
 
 LISTED = ("two", "three", "four")
 RELATIONS = {"capitals": "the capital of {}", "colours": "the colour of {}", "young": "the name of a young {}", "sounds": "the sound of {}"}
 RELATION_WORDS = {"capitals": "capital", "colours": "colour", "young": "young", "sounds": "sound"}
+OPPOSITE_SIZES = {"bigger": "smaller", "smaller": "bigger", "heavier": "lighter", "lighter": "heavier"}
 STEPS = {"the {} after {}": 1, "the {} before {}": -1, "the second {} after {}": 2, "the second {} before {}": -2}
 
 
@@ -30,6 +32,12 @@ def all_items() -> list[str]:
 def named_item(item: str) -> str:
     """The item with its article, if it takes one."""
     return with_article(item) if kind_of(item)["article"] else item
+
+
+def kinds_said(answer: Answer) -> list[tuple[str, str, bool]]:
+    """The kinds of things that an answer names, in its order: the word ("fruit", "fruits"), the kind ("a fruit"), and whether it is denied."""
+    known = {word: kind["one"] for kind in kinds().values() for word in (kind["one"].split()[-1], kind["many"])}
+    return [(word, known[word], answer.denies(place)) for place, word in enumerate(answer.words) if word in known]
 
 
 class Opposites(Family):
@@ -61,6 +69,11 @@ class Plurals(Family):
     def wrong(self, args: Args, rng: random.Random) -> str:
         forms = [args["word"] + "s", args["word"] + "es", rng.choice(list(table("facts")["plurals"].values()))]
         return self.good({**args, "answer": rng.choice([form for form in forms if form != args["answer"]])}, rng)
+
+    def is_about(self, args: Args, part: Answer) -> bool:
+        """Of the word asked for there is one, and the plural is its plural."""
+        singular = part.behind("plural of", self.candidate_words(args)) + part.behind("one", self.candidate_words(args))
+        return set(singular) <= {args["word"]} and super().is_about(args, part)
 
 
 class Letters(Family):
@@ -106,8 +119,11 @@ class Facts(Family):
         return sorted(set(table("facts")[args["relation"]].values()))
 
     def is_about(self, args: Args, part: Answer) -> bool:
-        """Neither another thing nor another relation is named instead."""
-        other_thing = part.names_instead(split_words(args["question"])[-1], _things())
+        """Neither another thing nor another relation is named instead; and only a colour is what a thing is."""
+        thing, answer = split_words(args["question"])[-1], args["answer"].lower()
+        bare = [word for word in part.words if word not in ("a", "an", "the")]
+        equated = args["relation"] != "colours" and bare in ([thing, "is", answer], [answer, "is", thing])
+        other_thing = equated or part.names_instead(thing, _things())
         return not other_thing and not part.names_instead(RELATION_WORDS[args["relation"]], RELATION_WORDS.values())
 
 
@@ -171,30 +187,35 @@ class Lists(Family):
         return super().wordings({**args, "items": joined(self._allowed(args)[: self._number(args)])})
 
     def good(self, args: Args, rng: random.Random) -> str:
-        return self._write(args, rng.sample(self._allowed(args), self._number(args)), rng)
+        return self._write(args, self._some(self._allowed(args), self._number(args), rng), rng)
+
+    @staticmethod
+    def _some(items: list[str], count: int, rng: random.Random) -> list[str]:
+        """So many of them, in their customary order: people name the apple before the pear."""
+        return sorted(rng.sample(items, count), key=items.index)
 
     def statements(self, args: Args) -> list[str]:
         form, items = table("phrasings")[self.name]["statements"][0], self._allowed(args)
         return [form.format(**args, items=joined(some)) for some in (items[:3], items[3:6])] + self.wordings(args)
 
     def wrong(self, args: Args, rng: random.Random) -> str:
-        items = rng.sample(self._allowed(args), self._number(args))
+        items = self._some(self._allowed(args), self._number(args), rng)
         items[rng.randrange(len(items))] = rng.choice([item for item in all_items() if kind_of(item)["one"] != args["one"]])
         return self._write(args, items, rng)
 
     def incomplete(self, args: Args, rng: random.Random) -> str:
         """One thing too few."""
-        return self._write(args, rng.sample(self._allowed(args), self._number(args) - 1), rng)
+        return self._write(args, self._some(self._allowed(args), self._number(args) - 1, rng), rng)
 
     def too_many(self, args: Args, rng: random.Random) -> str:
         """One or two things more than were asked for."""
-        return self._write(args, rng.sample(self._allowed(args), self._number(args) + rng.choice((1, 2))), rng)
+        return self._write(args, self._some(self._allowed(args), self._number(args) + rng.choice((1, 2)), rng), rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
         """Right if all things named are of the kind, allowed, and called what they are; complete with n of them; more than n is not the
         form asked for.
         """
-        known = {form: item for item in all_items() for form in (item, item + "s")}
+        known = {form: item for item in all_items() for form in (item, many_of(item))}
         named = [known[word] for word in answer.words if word in known]
         distinct, n = set(named), self._number(args)
         misnamed = answer.names_instead(args["kind"], [kind["many"] for kind in kinds().values()])
@@ -256,16 +277,22 @@ class OddOneOut(Family):
 
     def incomplete(self, args: Args, rng: random.Random) -> str:
         """Names the odd one and gives no reason."""
-        form = rng.choice(["The odd one out is {answer}.", "{answer} does not belong.", "{answer} is different."])
+        form = rng.choice(["The odd one out is {answer}.", "The word {answer} does not belong.", "The word {answer} is different."])
         return sentence(form.format(**args))
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right if the first of the three words named is the odd one; an untrue reason leaves a third; complete with any reason."""
+        """Right if the first of the three words named is the odd one, or if it stands behind the others and a "but"; an untrue reason leaves a
+        third; complete with any reason.
+        """
         named = [word for word in answer.words if word in {args[slot] for slot in self.asks}]
-        true = {args["one"].split()[-1], args["others"]}
-        said = {word for kind in kinds().values() for word in (kind["many"], kind["one"].split()[-1]) if word in answer.words}
-        right = float(named[:1] == [args["answer"]])
-        return {"correct": right if said <= true else right / 3, "complete": float(bool(said))}
+        one, many = args["one"].split()[-1], kind_of(args["answer"])["many"]
+        other, others = kind_of(args["pair"].split()[0])["one"].split()[-1], args["others"]
+        said = kinds_said(answer)
+        # "it is an animal, the others are fruits", or "it is not a fruit, the others are not animals"
+        true_reason = all(word in ((other, many) if denied else (one, others)) for word, _, denied in said)
+        set_apart = "but" in answer.words and sorted(named[:-1]) == sorted(args["pair"].split(" and ")) and named[-1:] == [args["answer"]]
+        right = float(named[:1] == [args["answer"]] or set_apart)
+        return {"correct": right if true_reason else right / 3, "complete": float(bool(said))}
 
 
 class YesNo(Family):
@@ -300,12 +327,19 @@ class YesNo(Family):
         return self.good({**args, "answer": "no", "truth": other}, rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right with the right word and a true reason about the thing; another reason leaves a third; complete with any kind named."""
-        said = [word for word in answer.words if word in ("yes", "no")]
-        named = {kind["one"] for kind in kinds().values() if kind["one"].split()[-1] in answer.words}
-        true_reason = not named or (args["truth"] in named and named <= {args["truth"], args["kind"]})
-        true_reason = true_reason and not answer.names_instead(split_words(args["thing"])[-1], all_items())
-        right = float(set(said) == {args["answer"]})
+        """Right with the right word, or where both are missing by what it says of the kind asked about, and a true reason about the thing;
+        another reason leaves a third; complete with any kind named.
+        """
+        said = {word for word in answer.words if word in ("yes", "no")}
+        named = kinds_said(answer)
+        claimed, denied = ({kind for _, kind, is_denied in named if is_denied == wanted} for wanted in (False, True))
+        if not said:
+            said = {"no"} if args["kind"] in denied else {"yes"} if args["kind"] in claimed else set()
+        thing = split_words(args["thing"])[-1]
+        others = {form for item in all_items() if item != thing for form in (item, many_of(item))}
+        speaks_of_it = thing in answer.words or many_of(thing) in answer.words or not others.intersection(answer.words)
+        true_reason = claimed <= {args["truth"]} and args["truth"] not in denied and speaks_of_it
+        right = float(said == {args["answer"]})
         return {"correct": right if true_reason else right / 3, "complete": float(bool(named) or len(answer.words) == 1)}
 
 
@@ -334,13 +368,17 @@ class Compare(Family):
         return self.good({**args, "answer": args["other"], "other": args["answer"]}, rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right if the first thing named is the right one, said with the word asked for (or none), of the other if of any."""
+        """Right if the first thing named is the right one, said with the word asked for (or none), of the other if of any; with the opposite
+        word or a "not" the other one comes first.
+        """
         things = {split_words(thing)[-1] for thing in self._sizes()}
         named = [word for word in answer.words if word in things]
         said = {word for word in answer.words if word in table("facts")["size_words"]}
         right, other = split_words(args["answer"])[-1], split_words(args["other"])[-1]
-        of_the_two = named == [right] or set(named) == {right, other}
-        correct = named[:1] == [right] and of_the_two and said <= {args["word"]}
+        turned = (said == {OPPOSITE_SIZES[args["word"]]}) != any(word in DENIALS for word in answer.words)
+        first = other if turned else right
+        of_the_two = named == [first] or set(named) == {right, other}
+        correct = named[:1] == [first] and of_the_two and (len(said) <= 1 and said <= {args["word"], OPPOSITE_SIZES[args["word"]]})
         return {"correct": float(correct), "complete": float(bool(named))}
 
 
@@ -370,6 +408,22 @@ class Rhymes(Family):
 
     def wrong(self, args: Args, rng: random.Random) -> str:
         return self.good({**args, "answer": args["other"]}, rng)
+
+    def named(self, args: Args, answer: Answer) -> list[str]:
+        """The candidates that the answer names, without the other one where a clause says that it does not rhyme."""
+        candidates = self.candidate_words(args)
+        return [word for words, denied in self._clauses(answer) for word in words if word in candidates and not (denied and word == args["other"])]
+
+    def is_about(self, args: Args, part: Answer) -> bool:
+        """No clause says that the right one does not rhyme."""
+        refused = any(denied and args["answer"] in words for words, denied in self._clauses(part))
+        return not refused and super().is_about(args, part)
+
+    @staticmethod
+    def _clauses(answer: Answer) -> list[tuple[list[str], bool]]:
+        """The words of every clause, and whether it denies something."""
+        clauses = [split_words(clause) for clause in re.split(r"[,;.!?]|\bbut\b|\band\b", answer.text.lower())]
+        return [(words, bool({"not", "doesn't"}.intersection(words))) for words in clauses]
 
 
 ALL = (Opposites, Plurals, Letters, Facts, Calendar, Lists, OddOneOut, YesNo, Compare, Rhymes)

@@ -139,7 +139,8 @@ class Tone(Family):
             return {**parts, "correct": float(parts["correct"] and "dear" in answer.words), "polite": float(not leftover)}
         same = answer.says([args["deed"]])
         another = answer.says([deed for deed in manners()["deeds"] if deed != args["deed"]])
-        correct = answer.says(manners()["polite_marks"]) and not another
+        denied = answer.says([f"{word} {args['deed']}" for word in ("not", "don't", "never")])
+        correct = answer.says(manners()["polite_marks"]) and not another and not denied
         return {"correct": float(correct), "complete": float(same or another), "polite": float(not leftover)}
 
 

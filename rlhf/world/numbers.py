@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from collections import Counter
 
 from rlhf.world.family import Answer, Args, Family, table
@@ -79,10 +80,24 @@ class Sequence(Family):
         near = [number(value) for value in range(max(0, right - 4), min(20, right + 4) + 1) if value != right]
         return self.good({**args, "answer": rng.choice([word for word in near if word not in self.given(args)])}, rng)
 
+    def named(self, args: Args, answer: Answer) -> list[str]:
+        """The numbers named, without the step ("It goes up by two")."""
+        step = number(abs(self._step(args)))
+        steps = {place for place, word in enumerate(answer.words) if word == step and place and answer.words[place - 1] in ("by", "add", "adding")}
+        numbers = self.candidate_words(args)
+        return [word for place, word in enumerate(answer.words) if word in numbers and place not in steps]
+
     def is_about(self, args: Args, part: Answer) -> bool:
-        """The numbers beside the next one, if any, are those of the question in their order, or the last of them."""
+        """The numbers beside the next one, if any, are those of the question in their order, or the last of them; it comes after them, and
+        they go the way that is said.
+        """
         counted = [word for word in self.named(args, part) if word != args["answer"]]
-        return counted == self.given(args)[-len(counted) :] if counted else True
+        turned = args["answer"] in part.behind("after", self.candidate_words(args)) + part.behind("follows", self.candidate_words(args))
+        turned = turned or part.says(["down" if self._step(args) > 0 else "up"])
+        return not turned and (counted == self.given(args)[-len(counted) :] if counted else True)
+
+    def _step(self, args: Args) -> int:
+        return value_of(args["answer"]) - value_of(args["c"])
 
 
 class Sorting(Family):
@@ -118,12 +133,18 @@ class Sorting(Family):
         return rng.choice(["From {order}: {a}, {b}.", "In order they are {a}, {b}."]).format(order=args["order"], a=kept[0], b=kept[1])
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right if the numbers named are those asked for, in order, and no other order is said; complete if none is left out."""
+        """Right if the numbers named are those asked for, in order, and no other order or end is said; complete if none is left out."""
         right = [args["first"], args["second"], args["third"]]
-        named = [word for word in answer.words if word in table("facts")["numbers"]]
+        numbers = table("facts")["numbers"]
+        named = [word for word, behind in itertools.pairwise([*answer.words, ""]) if word in numbers and behind != "numbers"]  # "the three numbers"
         in_order = bool(named) and named == [word for word in right if word in named]
         turned = answer.says([" to ".join(reversed(args["order"].split(" to ")))])
-        return {"correct": float(in_order and not turned), "complete": float(len(set(named)) >= 3)}
+        low, high = args["order"].split(" to ")
+        ends = {low: args["first"], high: args["third"]}
+        # "The largest is nine", not the end of "from smallest to largest is ..."
+        claimed = re.findall(r"(?<!to )(?<!to the )\b(smallest|largest)(?: one| number)? is (\w+)", " ".join(answer.words))
+        misplaced = any(ends[end] != value for end, value in claimed)
+        return {"correct": float(in_order and not turned and not misplaced), "complete": float(len(set(named)) >= 3)}
 
 
 ALL = (Arithmetic, Sequence, Sorting)

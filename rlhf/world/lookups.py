@@ -187,29 +187,24 @@ class Lists(Family):
         return super().wordings({**args, "items": joined(self._allowed(args)[: self._number(args)])})
 
     def good(self, args: Args, rng: random.Random) -> str:
-        return self._write(args, self._some(self._allowed(args), self._number(args), rng), rng)
-
-    @staticmethod
-    def _some(items: list[str], count: int, rng: random.Random) -> list[str]:
-        """So many of them, in their customary order: people name the apple before the pear."""
-        return sorted(rng.sample(items, count), key=items.index)
+        return self._write(args, rng.sample(self._allowed(args), self._number(args)), rng)
 
     def statements(self, args: Args) -> list[str]:
         form, items = table("phrasings")[self.name]["statements"][0], self._allowed(args)
         return [form.format(**args, items=joined(some)) for some in (items[:3], items[3:6])] + self.wordings(args)
 
     def wrong(self, args: Args, rng: random.Random) -> str:
-        items = self._some(self._allowed(args), self._number(args), rng)
+        items = rng.sample(self._allowed(args), self._number(args))
         items[rng.randrange(len(items))] = rng.choice([item for item in all_items() if kind_of(item)["one"] != args["one"]])
         return self._write(args, items, rng)
 
     def incomplete(self, args: Args, rng: random.Random) -> str:
         """One thing too few."""
-        return self._write(args, self._some(self._allowed(args), self._number(args) - 1, rng), rng)
+        return self._write(args, rng.sample(self._allowed(args), self._number(args) - 1), rng)
 
     def too_many(self, args: Args, rng: random.Random) -> str:
         """One or two things more than were asked for."""
-        return self._write(args, self._some(self._allowed(args), self._number(args) + rng.choice((1, 2)), rng), rng)
+        return self._write(args, rng.sample(self._allowed(args), self._number(args) + rng.choice((1, 2))), rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
         """Right if all things named are of the kind, allowed, and called what they are; complete with n of them; more than n is not the
@@ -277,7 +272,7 @@ class OddOneOut(Family):
 
     def incomplete(self, args: Args, rng: random.Random) -> str:
         """Names the odd one and gives no reason."""
-        form = rng.choice(["The odd one out is {answer}.", "The word {answer} does not belong.", "The word {answer} is different."])
+        form = rng.choice(["The odd one out is {answer}.", "{answer} does not belong.", "{answer} is different."])
         return sentence(form.format(**args))
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:

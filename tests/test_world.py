@@ -298,6 +298,8 @@ HAND_MADE += [
     ("Which is bigger, a mouse or a horse?", "A mouse is lighter than a horse.", WRONG),
     ("Which is bigger, a mouse or a horse?", "A horse is not bigger than a mouse.", WRONG),
     ("Which is bigger, a mouse or a horse?", "A mouse is not bigger than a horse.", 1.0),
+    ("Which is bigger, a mouse or a horse?", "A horse is bigger, a mouse is not.", 1.0),
+    ("Which is bigger, a mouse or a horse?", "A horse is bigger, not a mouse.", 1.0),
     ("Which word does not belong, and why: apple, pear, dog?", "Apple and pear are fruits, but dog is an animal.", 1.0),
     ("Which word does not belong, and why: apple, pear, dog?", "Apple and dog are fruits, but pear is an animal.", WRONG),
     ("Which word does not belong, and why: apple, pear, dog?", "The word dog does not belong, because it is not a fruit.", 1.0),

@@ -5,7 +5,7 @@ import random
 import re
 from functools import cache
 
-from rlhf.world.family import DENIALS, Answer, Args, Family, joined, many_of, sentence, split_words, table, with_article
+from rlhf.world.family import Answer, Args, Family, joined, many_of, sentence, split_words, table, with_article
 
 LISTED = ("two", "three", "four")
 RELATIONS = {"capitals": "the capital of {}", "colours": "the colour of {}", "young": "the name of a young {}", "sounds": "the sound of {}"}
@@ -364,16 +364,17 @@ class Compare(Family):
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
         """Right if the first thing named is the right one, said with the word asked for (or none), of the other if of any; with the opposite
-        word or a "not" the other one comes first.
+        word, or "not" before the word, the other one comes first.
         """
         things = {split_words(thing)[-1] for thing in self._sizes()}
         named = [word for word in answer.words if word in things]
-        said = {word for word in answer.words if word in table("facts")["size_words"]}
+        sizes = [(word, answer.denies(place)) for place, word in enumerate(answer.words) if word in table("facts")["size_words"]]
+        said = {OPPOSITE_SIZES[word] if denied else word for word, denied in sizes}
         right, other = split_words(args["answer"])[-1], split_words(args["other"])[-1]
-        turned = (said == {OPPOSITE_SIZES[args["word"]]}) != any(word in DENIALS for word in answer.words)
-        first = other if turned else right
+        opposite = OPPOSITE_SIZES[args["word"]]
+        first = other if said == {opposite} else right
         of_the_two = named == [first] or set(named) == {right, other}
-        correct = named[:1] == [first] and of_the_two and (len(said) <= 1 and said <= {args["word"], OPPOSITE_SIZES[args["word"]]})
+        correct = named[:1] == [first] and of_the_two and said in (set(), {args["word"]}, {opposite})
         return {"correct": float(correct), "complete": float(bool(named))}
 
 

@@ -322,18 +322,18 @@ class YesNo(Family):
         return self.good({**args, "answer": "no", "truth": other}, rng)
 
     def grade(self, args: Args, answer: Answer) -> dict[str, float]:
-        """Right with the right word, or where both are missing by what it says of the kind asked about, and a true reason about the thing;
-        another reason leaves a third; complete with any kind named.
+        """Right with the right word, or where both are missing by whether it says that the thing is of the kind, and a true reason about the
+        thing; another reason leaves a third; complete with any kind named.
         """
         said = {word for word in answer.words if word in ("yes", "no")}
         named = kinds_said(answer)
         claimed, denied = ({kind for _, kind, is_denied in named if is_denied == wanted} for wanted in (False, True))
-        if not said:
-            said = {"no"} if args["kind"] in denied else {"yes"} if args["kind"] in claimed else set()
         thing = split_words(args["thing"])[-1]
+        about_it = any(word in answer.words for word in (thing, many_of(thing), "it", "they"))
+        if not said and about_it and not answer.text.endswith("?"):
+            said = {"no"} if args["kind"] in denied else {"yes"} if args["kind"] in claimed else set()
         others = {form for item in all_items() if item != thing for form in (item, many_of(item))}
-        speaks_of_it = thing in answer.words or many_of(thing) in answer.words or not others.intersection(answer.words)
-        true_reason = claimed <= {args["truth"]} and args["truth"] not in denied and speaks_of_it
+        true_reason = claimed <= {args["truth"]} and args["truth"] not in denied and (about_it or not others.intersection(answer.words))
         right = float(said == {args["answer"]})
         return {"correct": right if true_reason else right / 3, "complete": float(bool(named) or len(answer.words) == 1)}
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -91,9 +92,13 @@ def load_encoder(source: str, trust_remote_code: bool = False) -> Encoder:
 
 
 def load_policy(source: str, encoder: Encoder, attention: str, trust_remote_code: bool = False):
-    """A causal LM in fp32 without dropout, its embeddings as long as the encoder's vocabulary. Raises InputError."""
-    model = _load(AutoModelForCausalLM, source, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code,
-                  config=_without_dropout(source, trust_remote_code))
+    """A causal LM in fp32 without dropout, its embeddings as long as the encoder's vocabulary. Raises InputError.
+
+    One without a fused attention kernel (Gemma 2, which caps what attention makes of two tokens) gets plain products.
+    """
+    config = _without_dropout(source, trust_remote_code)
+    model = _load(AutoModelForCausalLM, source, dtype=torch.float32, attn_implementation=_that_it_has(attention, config, MODEL_FOR_CAUSAL_LM_MAPPING),
+                  trust_remote_code=trust_remote_code, config=config)
     return _fit(model, encoder)
 
 
@@ -101,8 +106,8 @@ def untrained_policy(source: str, encoder: Encoder, attention: str, seed: int, t
     """A causal LM of the shape of the one at `source` with weights drawn anew: what learning nothing looks like (CANON E5)."""
     config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
     torch.manual_seed(seed)
-    return _fit(AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code),
-                encoder)
+    return _fit(AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code,
+                                                 attn_implementation=_that_it_has(attention, config, MODEL_FOR_CAUSAL_LM_MAPPING)), encoder)
 
 
 def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remote_code: bool = False):
@@ -111,9 +116,7 @@ def load_reward_model(source: str, encoder: Encoder, attention: str, trust_remot
     A causal model or an encoder. One without a fused attention kernel (DeBERTa, whose scores depend on distance) gets plain products.
     """
     config = _without_dropout(source, trust_remote_code, num_labels=1)
-    kind = type(config)
-    if attention == "sdpa" and kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        attention = attention if MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]._supports_sdpa else "eager"
+    attention = _that_it_has(attention, config, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
     model = _load(AutoModelForSequenceClassification, source, dtype=torch.float32, attn_implementation=attention,
                   trust_remote_code=trust_remote_code, config=config)
     fp32_head(model)
@@ -296,6 +299,12 @@ def _fit(model, encoder: Encoder):
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = encoder.pad_id, encoder.eos_id
     return model
+
+
+def _that_it_has(attention: str, config: PreTrainedConfig, models_by_config) -> str:
+    """`attention`, or plain products where it is the fused kernel and the model has none."""
+    kind = type(config)
+    return "eager" if attention == "sdpa" and kind in models_by_config and not models_by_config[kind]._supports_sdpa else attention
 
 
 def _without_dropout(source: str, trust_remote_code: bool, **settings) -> PreTrainedConfig:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf.models import (
     add_lora,
@@ -17,6 +17,7 @@ from rlhf.models import (
     parameters_in_words,
     save_model,
     share_equal,
+    untrained_policy,
 )
 from tests.helpers import llama, nano, rough, tiny_encoder
 
@@ -147,3 +148,15 @@ def test_equal_frozen_weights_are_shared_and_no_others():
     of_theirs = {p.data_ptr() for p in theirs.parameters()}
     own = {n for n, p in mine.named_parameters() if p.data_ptr() not in of_theirs}
     assert own == {"transformer.h.0.ln_1.bias", "transformer.h.1.ln_2.bias"} | {n for n, p in mine.named_parameters() if "lora_" in n}
+
+
+def test_a_causal_model_without_a_fused_kernel_gets_plain_products(tmp_path):
+    """Gemma 2 caps its attention, which the kernel that GPUs are asked for cannot."""
+    gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                           num_key_value_heads=1, head_dim=8, attn_implementation="eager"))
+    save_model(gemma, ENCODER, tmp_path)
+    loaded, ids = load_policy(str(tmp_path), ENCODER, "sdpa"), torch.tensor([[5, 40, 41, 7, 200]])
+    for model in (loaded, untrained_policy(str(tmp_path), ENCODER, "sdpa", seed=1), load_reward_model(str(tmp_path), ENCODER, "sdpa")):
+        assert model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, gemma.eval()(input_ids=ids).logits)

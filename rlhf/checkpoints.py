@@ -4,6 +4,7 @@ What is random in those loops follows from (seed, step), so a checkpoint needs w
 accelerate would load objects of ours as unrestricted pickles, so their tensors lie in a safetensors file.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from rlhf.compute import sharded
 from rlhf.runs import Stage
 from rlhf.sharding import full
 
@@ -25,7 +27,8 @@ def save_checkpoint(accelerator: Accelerator, stage: Stage, step: int, keep: int
     if stage.main:
         shutil.rmtree(beside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(beside), safe_serialization=True)
+    with _a_model_for_each_optimizer(accelerator):
+        accelerator.save_state(str(beside), safe_serialization=True)
     accelerator.wait_for_everyone()
     tensors = {f"{name}/{key}": full(tensor) for name, one in (kept or {}).items() for key, tensor in one.state_dict().items()}
     if stage.main:
@@ -43,7 +46,8 @@ def load_checkpoint(accelerator: Accelerator, stage: Stage, kept: dict | None = 
     found = finished_checkpoints(stage)
     if not found:
         return {"step": 0}
-    accelerator.load_state(str(found[-1]))
+    with _a_model_for_each_optimizer(accelerator):
+        accelerator.load_state(str(found[-1]))
     if kept:
         tensors = load_file(found[-1] / KEPT)
         for name, one in kept.items():
@@ -54,3 +58,15 @@ def load_checkpoint(accelerator: Accelerator, stage: Stage, kept: dict | None = 
 def finished_checkpoints(stage: Stage) -> list[Path]:
     """Whole checkpoints, oldest first."""
     return sorted(p for p in stage.checkpoints.glob("step_*") if (p / "numbers.json").is_file() and not p.name.endswith(".partial"))
+
+
+@contextlib.contextmanager
+def _a_model_for_each_optimizer(accelerator: Accelerator):
+    """accelerate goes through the optimizers of sharded models as if each had a model of its own; pretrain has three for one model."""
+    models, optimizers = accelerator._models, accelerator._optimizers
+    if sharded(accelerator) and len(models) == 1:
+        accelerator._models = models * len(optimizers)
+    try:
+        yield
+    finally:
+        accelerator._models = models

@@ -1,4 +1,5 @@
-"""SFT, reward model and PPO with weights that FSDP2 shards among CPU processes; PPO is stopped after its first checkpoint and goes on.
+"""SFT, reward model and PPO with weights that FSDP2 shards among CPU processes; PPO is stopped after its first checkpoint and goes on, and so
+do pretrain's three optimizers.
 
     accelerate launch --config_file configs/accelerate/cpu-2.yaml -m tests.sharded section.key=value ...
 
@@ -7,6 +8,8 @@ makes of a launch file is said here; from then on everything is its and PyTorch'
 """
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -15,9 +18,11 @@ from accelerate.utils import DistributedType
 import stages.ppo
 import stages.reward
 import stages.sft
+from rlhf.checkpoints import load_checkpoint
 from rlhf.compute import leave_processes, start
 from rlhf.config import load_config
 from rlhf.learner import Learner
+from rlhf.optimizers import pretraining_optimizers
 from rlhf.sharding import full_weights, whole
 from tests.helpers import nano, tiny_encoder
 
@@ -53,6 +58,27 @@ def full_weights_are_fp32_where_passes_are_bf16(config) -> None:
     assert full_weights(model, keep=False) == {}
 
 
+def a_checkpoint_has_all_optimizers_of_a_model(config) -> None:
+    accelerator, gpt, ids = start(config), nano(tiny_encoder()), torch.tensor([[1, 2, 5, 40]])
+    model, *optimizers = accelerator.prepare(gpt, *pretraining_optimizers(gpt, 1e-2, 1e-2, 0.0))
+    stage = SimpleNamespace(main=accelerator.is_main_process, checkpoints=Path(config.run.dir) / "three_optimizers")
+
+    def weights_after_a_step():
+        accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return full_weights(model)
+
+    began = weights_after_a_step()
+    save_checkpoint(accelerator, stage, 1, keep=1)
+    went_on = weights_after_a_step()
+    assert load_checkpoint(accelerator, stage) == {"step": 1}
+    resumed = weights_after_a_step()
+    assert all(torch.equal(resumed[name], weights) for name, weights in went_on.items())
+    assert any(not torch.equal(began[name], weights) for name, weights in went_on.items())
+
+
 def roll_and_remember(learner, rows, kl_coef, *seeds):
     if seeds[0] == 1:  # to learn from; evaluations have another number
         rolled.append(seeds)
@@ -76,4 +102,5 @@ if __name__ == "__main__":
     stages.ppo.main(config)
     assert len(rolled) == len(set(rolled)) == config.ppo.rollouts, "the stage goes on after its checkpoint, and does not start over"
     full_weights_are_fp32_where_passes_are_bf16(config)
+    a_checkpoint_has_all_optimizers_of_a_model(config)
     leave_processes()

@@ -1,7 +1,6 @@
 """Stages on a GPU that lives in host memory (tests/host_gpu.py): every tensor is where it belongs, and the figures are those of the CPU."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -34,8 +33,7 @@ def cpu_run(tmp_path_factory):
 
 
 def _run(words, *arguments) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run([*words, *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run([*words, *arguments], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -72,7 +70,7 @@ def test_a_stage_computes_on_a_gpu_what_it_computes_on_the_cpu(gpu, cpu_run, tmp
 
 
 def test_every_stage_runs_on_a_gpu_in_bf16(gpu, tmp_path):
-    """With what else moves tensors: adapters, an ensemble, a moving average, likelihood and SFT terms, few-shot tasks, all kinds of policies."""
+    """With what else moves tensors: adapters, an ensemble, a moving average, an SFT term, few-shot tasks, seven policies; and the benchmark."""
     words = ["model.lora_rank=4", "reward.members=2", "ppo.ensemble=uncertainty", "ppo.ema_decay=0.9", "ppo.ptx_coef=1", "compare.shots=[0, 1]",
              "compare.shot_tasks=10", "compare.policies=[pretrained, sft, best_of_4, ppo, ppo_last, sft_at_0.5, untrained]"]
     said = _run(gpu, "stages.pipeline", "--config", "configs/tiny.yaml", f"run.dir={tmp_path / 'run'}", *words)
